@@ -1,0 +1,23 @@
+"""tn: every layer is a tensor-network contraction: written as a spec, planned, run fast, trained and looked into."""
+
+from tn import errors, ops, structures, testing
+from tn.contraction import Contraction, backend
+from tn.einsum import contract, einsum
+from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
+from tn.linear import Embedding, StructuredLinear
+from tn.network import Network, network
+from tn.ops import Mask
+from tn.plan import Plan, plan
+from tn.program import Program, compile
+from tn.report import flops
+from tn.restructure import densify, restructure
+from tn.scaling import param_groups
+from tn.tracing import Node, Trace, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
+    "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
+    "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
+]  # fmt: skip

@@ -1,0 +1,190 @@
+"""Contraction: the nn.Module that owns the cores of a network and the Programs that run it."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tn import tracing
+from tn.errors import OperatorError, SpecError, unknown
+from tn.network import Network, network
+from tn.plan import DEFAULT_ROWS, Plan, plan
+from tn.program import EinsumProgram, Program
+from tn.spec import ROWS
+
+BACKENDS = ("planned", "einsum")
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every Contraction inside the block with one backend: "planned", or "einsum", the readable reference.
+
+    >>> import torch, tn
+    >>> layer = tn.StructuredLinear(6, 4, structure="btt")
+    >>> with tn.backend("einsum"):
+    ...     layer(torch.ones(2, 6)).shape
+    torch.Size([2, 4])
+    """
+    global _forced
+    _check_backend(name)
+    outer, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise OperatorError(unknown("backend", name, BACKENDS))
+
+
+@functools.lru_cache(maxsize=4096)
+def program(plan: Plan, backend: str) -> Program | EinsumProgram:
+    """The Program of a plan; equal plans share one."""
+    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
+
+
+class Contraction(nn.Module):
+    """A layer given by a contraction: y = einsum(inputs, cores) + bias, the cores trainable.
+
+    Args:
+        spec: such as "x: ... i, a: i r, c: r o -> ... o"; see `tn.network`.
+        sizes: axis → size; every axis of a core must have one.
+        cores: names of the trainable tensors in the order they are applied. The other operands are inputs of `forward`, in spec order.
+        bias: add a vector to the last stored dimension of the output.
+        zero_init: start with the last core at zero, so that the layer first gives zero.
+        device, dtype: of the parameters. backend: "planned" or "einsum".
+
+    Parameters are named by their core and have the shape the spec stores them in; `bias` comes last. Each core starts normal with
+    the standard deviation sqrt(min(d_in, d_out)) / d_in of its `Network.fans()` (arXiv:2406.06248).
+
+    Raises:
+        SpecError, SizeError: see `tn.network`. OperatorError: an unknown backend, or a bias without a fixed last dimension.
+
+    >>> import torch
+    >>> layer = Contraction("x: ... i, a: i r, c: r o -> ... o", sizes=dict(i=6, r=2, o=4), cores=("a", "c"), bias=True)
+    >>> layer(torch.ones(5, 6)).shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        sizes: Mapping[str, int],
+        cores: Iterable[str] = (),
+        bias: bool = False,
+        zero_init: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "planned",
+    ) -> None:
+        super().__init__()
+        _check_backend(backend)
+        self.network: Network = network(spec, sizes, cores=cores)
+        self.zero_init, self.backend = zero_init, backend
+        for name in self.network.cores:
+            if hasattr(self, name):
+                raise SpecError(f"core name {name!r} is taken by an attribute of the layer; choose another word")
+            self.register_parameter(name, nn.Parameter(torch.empty(self.network.shape(name), device=device, dtype=dtype)))
+        if bias:
+            self.register_parameter("bias", nn.Parameter(torch.empty(self._bias_size(), device=device, dtype=dtype)))
+        else:
+            self.register_parameter("bias", None)
+        self._prepare()
+        self.reset_parameters()
+
+    def _bias_size(self) -> int:
+        dims = self.network.output.dims
+        if not dims or any(axis not in self.network.sizes for axis in dims[-1]):
+            raise OperatorError(f"bias needs a last output dimension of fixed size, got {self.network.output.pattern or 'a scalar'!r}")
+        return math.prod(self.network.sizes[axis] for axis in dims[-1])
+
+    def _prepare(self) -> None:
+        """Plan for the usual case now, so that mistakes surface here and torch.compile never sees the planner."""
+        self._programs: dict[tuple, Program | EinsumProgram] = {}
+        self._plain = program(self.plan(), "planned")._plain
+
+    def reset_parameters(self) -> None:
+        """Draw the cores anew; the bias starts at zero."""
+        for fan in self.network.fans():
+            std = math.sqrt(min(fan.d_in, fan.d_out)) / max(fan.d_in, 1)
+            core = getattr(self, fan.core)
+            if self.zero_init and fan.core == self.network.cores[-1]:
+                nn.init.zeros_(core)
+            elif core.numel():
+                nn.init.normal_(core, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def plan(self, rows: int | None = None, grad: Iterable[str] | None = None) -> Plan:
+        """The plan for a number of rows (1024 by default), with gradients of everything unless named otherwise."""
+        wanted = self.network.names if grad is None else tuple(grad)
+        cores = [getattr(self, name) for name in self.network.cores]
+        device = cores[0].device if cores else "cpu"
+        dtype = cores[0].dtype if cores else torch.float32
+        return plan(self.network, grad=wanted, rows=(rows or DEFAULT_ROWS) if ROWS in self.network.axes else None, dtype=dtype, device=device)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """inputs in spec order → the contraction, plus the bias."""
+        result = self._contract(*inputs)
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+    def _contract(self, *inputs: Tensor) -> Tensor:
+        """The contraction alone. torch.compile sees the plain form chosen at construction, never the choice."""
+        operands = self._operands(inputs)
+        if torch.compiler.is_compiling():
+            return self._plain(*operands)
+        first = operands[0]
+        grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
+        key = (first.dtype, first.device, grads, _forced or self.backend)
+        run = self._programs.get(key)
+        if run is None:
+            run = self._programs[key] = self._bind(*key)
+        result = run(*operands)
+        if tracing.recording():
+            self._record(run.plan, operands, result)
+        return result
+
+    def _operands(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
+        given, parameters = iter(inputs), self._parameters
+        if len(inputs) != len(self.network.inputs):
+            raise OperatorError(f"the layer takes {len(self.network.inputs)} inputs ({', '.join(self.network.inputs)}), got {len(inputs)}")
+        operands = [parameters[name] if name in parameters else next(given) for name in self.network.names]
+        kind = operands[0].device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            operands = [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
+        return operands
+
+    def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
+        wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
+        rows = DEFAULT_ROWS if ROWS in self.network.axes else None
+        return program(plan(self.network, grad=wanted, rows=rows, dtype=dtype, device=device), backend)
+
+    def _record(self, used: Plan, operands: list[Tensor], result: Tensor) -> None:
+        sizes = self.network.bind([t.shape for t in operands])
+        count = sum(parameter.numel() for parameter in self._parameters.values() if parameter is not None)
+        kept = sum(math.prod(sizes[axis] for axis in used.orders[step.out]) for step in used.steps[:-1])
+        added = result.numel() if self.bias is not None else 0
+        tracing.record(
+            "contraction", str(self.network.spec), sizes=sizes, result=result, flops=used.flops_at(sizes), pointwise=added, parameters=count, kept=kept
+        )
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_plain")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def __repr__(self) -> str:
+        options = f", bias={self.bias is not None}" + (", zero_init=True" if self.zero_init else "")
+        return f"Contraction({str(self.network.spec)!r}, sizes={dict(self.network.known)}, cores={self.network.cores}{options})"

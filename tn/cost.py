@@ -1,0 +1,20 @@
+"""Counting: a step costs 2 × the product of its axis sizes, elementwise products included (DESIGN, "Counting")."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+
+def volume(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """Product of the sizes of distinct axes."""
+    return math.prod(sizes[axis] for axis in dict.fromkeys(axes))
+
+
+def step_flops(left: Iterable[str], right: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """FLOPs of contracting two tensors: 2 × the product of every axis on either."""
+    return 2 * volume([*left, *right], sizes)
+
+
+def contraction_flops(left: Iterable[str], right: Iterable[str], out: Iterable[str], sizes: Mapping[str, int]) -> int:
+    """FLOPs of one pairwise step that really contracts; 0 for an elementwise or outer product, which no matrix unit runs."""
+    summed = (set(left) | set(right)) - set(out)
+    return step_flops(left, right, sizes) if summed else 0

@@ -1,0 +1,234 @@
+"""The checked, immutable hypergraph of a spec: tensors with roles, axes, known sizes. No data."""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from tn.errors import SizeError, SpecError, unknown
+from tn.spec import ROWS, Spec, Term, parse
+
+FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """The contracted and kept sizes of one core when the cores are applied to the input in spec order."""
+
+    core: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """A contraction without data. Make one with `tn.network`.
+
+    Attributes:
+        spec: the parsed spec, operands in order.
+        known: (axis, size) pairs in order of first appearance; every other axis is dynamic.
+        cores: names of the trainable tensors. consts: names of fixed ones. All other operands are inputs.
+    """
+
+    spec: Spec
+    known: tuple[tuple[str, int], ...] = ()
+    cores: tuple[str, ...] = ()
+    consts: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Known axis sizes, read-only."""
+        return MappingProxyType(dict(self.known))
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names in order of first appearance, each once: the order in which a Program takes its operands."""
+        return tuple(dict.fromkeys(term.name for term in self.spec.operands))
+
+    @functools.cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the activations, in operand order."""
+        return tuple(name for name in self.names if name not in self.cores and name not in self.consts)
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis in order of first appearance."""
+        return tuple(dict.fromkeys(axis for term in self.spec.operands for axis in term.axes))
+
+    @property
+    def dynamic(self) -> tuple[str, ...]:
+        """Axes whose size is known only at the call."""
+        return tuple(axis for axis in self.axes if axis not in self.sizes)
+
+    @property
+    def output(self) -> Term:
+        """The only output; networks with several raise SpecError here."""
+        if len(self.spec.outputs) != 1:
+            raise SpecError(f"network has {len(self.spec.outputs)} outputs; this operation needs exactly one")
+        return self.spec.outputs[0]
+
+    def term(self, name: str) -> Term:
+        """The first occurrence of a tensor."""
+        for term in self.spec.operands:
+            if term.name == name:
+                return term
+        raise SpecError(unknown("tensor", name, self.names))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Stored shape of a tensor whose axes all have known sizes, such as a core."""
+        dims = self.term(name).dims
+        missing = [axis for dim in dims for axis in dim if axis not in self.sizes]
+        if missing:
+            raise SizeError(f"tensor {name!r} has no fixed shape: axis {missing[0]!r} has no known size")
+        return tuple(math.prod(self.sizes[axis] for axis in dim) for dim in dims)
+
+    def bind(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Sizes of every axis for operands of the given shapes.
+
+        Args:
+            shapes: one per name in `names`.
+
+        Returns:
+            axis → size, `...` as the product of the leading dimensions.
+
+        Raises:
+            SizeError: naming the tensor, the axis, the expected and the given size.
+        """
+        if len(shapes) != len(self.names):
+            raise SizeError(f"network takes {len(self.names)} tensors ({', '.join(self.names)}), got {len(shapes)}")
+        sizes, lead = dict(self.known), None
+        given = dict(zip(self.names, map(tuple, shapes), strict=True))
+        pending: list[tuple[str, tuple[str, ...], int]] = []
+        for term in self.spec.operands:
+            shape, dims = given[term.name], term.dims
+            if dims and dims[0] == (ROWS,):
+                cut = len(shape) - (len(dims) - 1)
+                if cut < 0:
+                    raise SizeError(f"tensor {term.name!r} has shape {shape}, expected at least {len(dims) - 1} dimensions: {term.pattern}")
+                head, shape, dims = shape[:cut], shape[cut:], dims[1:]
+                if lead is not None and head != lead:
+                    raise SizeError(f"leading dimensions '...' are {lead} on one tensor and {head} on {term.name!r}")
+                lead = head
+                sizes[ROWS] = math.prod(head)
+            if len(shape) != len(dims):
+                raise SizeError(f"tensor {term.name!r} has shape {given[term.name]}, expected {len(term.dims)} dimensions: {term.pattern or 'a scalar'}")
+            pending += [(term.name, dim, size) for dim, size in zip(dims, shape, strict=True)]
+        _solve(sizes, pending)
+        return sizes
+
+    def fans(self) -> tuple[Fan, ...]:
+        """Contracted and kept size of each core, the cores applied to the inputs in spec order.
+
+        An axis that a later core or the output still needs is a batch axis of the core and counts as neither. These are the
+        (d_in,c, d_out,c) of structure-aware maximal-update scaling (Qiu et al. 2024, arXiv:2406.06248).
+
+        >>> from tn import network
+        >>> sizes = dict(i=4, j=8, r=2, k=16, l=32)
+        >>> [(f.d_in, f.d_out) for f in network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", sizes, cores=("a", "c")).fans()]
+        [(8, 32), (8, 32)]
+        """
+        current = {axis for name in self.inputs for axis in self.term(name).axes}
+        fans = []
+        for position, name in enumerate(self.cores):
+            axes = dict.fromkeys(self.term(name).axes)
+            later = {axis for other in self.cores[position + 1 :] for axis in self.term(other).axes}
+            later |= {axis for term in self.spec.outputs for axis in term.axes}
+            contracted = [axis for axis in axes if axis in current and axis not in later]
+            kept = [axis for axis in axes if axis not in current]
+            fans.append(Fan(name, math.prod(self.sizes[a] for a in contracted), math.prod(self.sizes[a] for a in kept)))
+            current = (current | set(axes)) - set(contracted)
+        return tuple(fans)
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal networks give equal text."""
+        value = {"format": FORMAT, "spec": str(self.spec), "sizes": list(map(list, self.known)), "cores": self.cores, "consts": self.consts}
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Network":
+        """The network that `to_json` wrote. Raises SpecError for another format."""
+        value = json.loads(text)
+        if value.get("format") != FORMAT:
+            raise SpecError(f"network format {value.get('format')!r}, this version reads {FORMAT}")
+        return network(value["spec"], dict(value["sizes"]), cores=value["cores"], consts=value["consts"])
+
+    def __str__(self) -> str:
+        rows = [str(self.spec)]
+        for name in self.names:
+            role = "core" if name in self.cores else "const" if name in self.consts else "input"
+            rows.append(f"  {role:<6}{self.term(name)}")
+        rows.append("  sizes " + ", ".join(f"{axis}={size}" for axis, size in self.known))
+        if self.dynamic:
+            rows.append("  dynamic " + ", ".join(self.dynamic))
+        return "\n".join(rows)
+
+
+def _solve(sizes: dict[str, int], pending: list[tuple[str, tuple[str, ...], int]]) -> None:
+    """Fill in sizes from stored dimensions, the ones with a single unknown axis first."""
+    while pending:
+        stuck = []
+        for name, dim, size in pending:
+            unknown_axes = [axis for axis in dict.fromkeys(dim) if axis not in sizes]
+            product = math.prod(sizes[axis] for axis in dim if axis in sizes)
+            if not unknown_axes and product != size:
+                raise SizeError(_mismatch(name, dim, size, sizes))
+            if len(unknown_axes) == 1:
+                if product == 0 or size % product or dim.count(unknown_axes[0]) > 1:
+                    raise SizeError(_mismatch(name, dim, size, sizes))
+                sizes[unknown_axes[0]] = size // product
+            elif len(unknown_axes) > 1:
+                stuck.append((name, dim, size))
+        if len(stuck) == len(pending):
+            name, dim, size = stuck[0]
+            raise SizeError(f"tensor {name!r}: dimension ({' '.join(dim)}) of size {size} does not say how it splits; give sizes for all but one of its axes")
+        pending = stuck
+
+
+def _mismatch(name: str, dim: tuple[str, ...], size: int, sizes: Mapping[str, int]) -> str:
+    if not dim:
+        return f"tensor {name!r}: a dimension written '1' has size {size}"
+    expected = " × ".join(f"{axis}={sizes.get(axis, '?')}" for axis in dim)
+    what = f"axis {dim[0]!r}" if len(dim) == 1 else f"dimension ({' '.join(dim)})"
+    return f"tensor {name!r}: {what} has size {size}, expected {expected}"
+
+
+def network(
+    spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: Iterable[str] = (), consts: Iterable[str] = ()
+) -> Network:
+    """Check a spec and give its tensors roles and its axes sizes.
+
+    Args:
+        spec: text or a parsed Spec.
+        sizes: axis → size (≥ 0) for the axes known now; the others are dynamic.
+        cores: names of trainable tensors, in the order they are applied. consts: names of fixed tensors.
+
+    Returns:
+        An immutable Network.
+
+    Raises:
+        SpecError: an unknown tensor name. SizeError: an unknown axis, a size that is no natural number, or a core without sizes.
+
+    >>> network("x: ... i, w: i o -> ... o", dict(i=3, o=5), cores=("w",)).shape("w")
+    (3, 5)
+    """
+    parsed = parse(spec) if isinstance(spec, str) else spec
+    draft = Network(parsed, (), tuple(cores), tuple(consts))
+    for name in (*draft.cores, *draft.consts):
+        draft.term(name)
+    both = set(draft.cores) & set(draft.consts)
+    if both:
+        raise SpecError(f"tensor {sorted(both)[0]!r} is named both as a core and as a const")
+    given = dict(sizes or {})
+    for axis, size in given.items():
+        if axis not in draft.axes:
+            raise SizeError(unknown("axis", axis, draft.axes))
+        if axis == ROWS:
+            raise SizeError("'...' takes its size from the call; give sizes for named axes only")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise SizeError(f"axis {axis!r} has size {size!r}, expected an integer ≥ 0")
+    checked = Network(parsed, tuple((axis, given[axis]) for axis in draft.axes if axis in given), draft.cores, draft.consts)
+    for name in checked.cores:
+        checked.shape(name)
+    return checked

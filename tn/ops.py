@@ -1,0 +1,178 @@
+"""Operations that are not one contraction, each with its torch reference: lookup, attention, norms, activations, loss.
+
+Every operation describes itself to a trace as Networks and named pointwise nodes, so that a whole model can be printed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tn import tracing
+from tn.errors import OperatorError, SizeError, unknown
+
+# Approximate arithmetic of one element of a pointwise node, for reports; matrix products are counted exactly elsewhere.
+_WORK = {"softmax": 5, "layer_norm": 8, "rms_norm": 6, "gelu": 10, "add": 1, "multiply": 1, "dropout": 2, "cross_entropy": 6}
+
+
+def _pointwise(what: str, result: Tensor, elements: int, parameters: int = 0) -> None:
+    if tracing.recording():
+        tracing.record("pointwise", what, sizes={}, result=result, pointwise=_WORK[what] * elements, parameters=parameters)
+
+
+def embedding(numbers: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table: y[..., w] = Σ_v onehot(numbers)[..., v] table[v, w], run as a gather.
+
+    Args:
+        numbers: integers (...) in [0, count). table: (count, width).
+
+    Returns:
+        (..., width). Raises OperatorError for a table that is not a matrix or numbers that are not integers.
+    """
+    if table.dim() != 2 or numbers.is_floating_point():
+        raise OperatorError(f"embedding takes integers and a matrix, got {numbers.dtype} and a table of shape {tuple(table.shape)}")
+    result = functional.embedding(numbers, table)
+    if tracing.recording():
+        sizes = {"...": numbers.numel(), "count": table.shape[0], "width": table.shape[1]}
+        what = "onehot: ... count, table: count width -> ... width"
+        tracing.record("gather", what, sizes=sizes, result=result, parameters=table.numel())
+    return result
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias over the last dimension. weight and bias (width,) or None."""
+    result = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    _pointwise("layer_norm", result, x.numel(), sum(p.numel() for p in (weight, bias) if p is not None))
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """x / √(mean(x²) + eps) · weight over the last dimension. weight (width,) or None."""
+    result = functional.rms_norm(x, x.shape[-1:], weight, eps)
+    _pointwise("rms_norm", result, x.numel(), 0 if weight is None else weight.numel())
+    return result
+
+
+def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
+    """x Φ(x), exactly ("none") or through tanh ("tanh", as GPT-2)."""
+    if approximate not in ("tanh", "none"):
+        raise OperatorError(unknown("gelu approximation", approximate, ("tanh", "none")))
+    result = functional.gelu(x, approximate=approximate)
+    _pointwise("gelu", result, x.numel())
+    return result
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, such as a residual connection."""
+    result = x + y
+    _pointwise("add", result, result.numel())
+    return result
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x · y elementwise, such as a gate."""
+    result = x * y
+    _pointwise("multiply", result, result.numel())
+    return result
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """x with elements zeroed with probability p while training, the rest scaled by 1 / (1 − p)."""
+    if not training or p == 0.0:
+        return x
+    result = functional.dropout(x, p, training)
+    _pointwise("dropout", result, x.numel())
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which keys a query sees. Positions count from the first key; the last query stands at the last key.
+
+    Attributes:
+        causal: a query sees no later key.
+        window: a query sees at most this many keys before itself, and itself; None for all.
+        sink: the first keys, seen however far the window has moved on.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 0:
+            raise SizeError(f"window is {self.window}, expected an integer ≥ 0 or None")
+        if self.sink < 0:
+            raise SizeError(f"sink is {self.sink}, expected an integer ≥ 0")
+
+    def matrix(self, queries: int, keys: int, device: torch.device | str | None = None) -> Tensor:
+        """Boolean (queries, keys), True where the query sees the key."""
+        q = torch.arange(keys - queries, keys, device=device)[:, None]
+        k = torch.arange(keys, device=device)[None, :]
+        seen = k <= q if self.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
+        if self.window is not None:
+            seen = seen & (((q - k).abs() <= self.window) | (k < self.sink))
+        return seen
+
+
+CAUSAL = Mask()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float | None = None) -> Tensor:
+    """Softmax attention: y = softmax(scale · q kᵀ + mask) v, two contractions around a softmax, through torch's SDPA.
+
+    Args:
+        q: (..., heads, queries, head_dim). k: (..., heads, keys, head_dim). v: (..., heads, keys, value_dim).
+        mask: with fewer queries than keys, the queries are the last positions. scale: 1 / √head_dim if None.
+
+    Returns:
+        (..., heads, queries, value_dim).
+
+    Raises:
+        SizeError: shapes that do not belong together, or more queries than keys under a causal mask.
+    """
+    if q.dim() < 2 or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        raise SizeError(f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (..., queries, d), (..., keys, d), (..., keys, e)")
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries > keys and mask.causal:
+        raise SizeError(f"{queries} queries see {keys} keys: a causal mask needs at least as many keys as queries")
+    if mask.window is None and (not mask.causal or queries == 1):
+        result = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    elif mask == CAUSAL and queries == keys:
+        result = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        result = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.matrix(queries, keys, q.device), scale=scale)
+    if tracing.recording():
+        _record_attention(q, k, v, result)
+    return result
+
+
+def _record_attention(q: Tensor, k: Tensor, v: Tensor, result: Tensor) -> None:
+    rows, queries, keys, d, e = math.prod(q.shape[:-2]), q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+    scores = q.new_empty((*q.shape[:-1], keys))
+    sizes = {"...": rows, "query": queries, "key": keys}
+    first = "q: ... query d, k: ... key d -> ... query key"
+    second = "p: ... query key, v: ... key e -> ... query e"
+    tracing.record("contraction", first, sizes={**sizes, "d": d}, result=scores[..., :0], flops=2 * rows * queries * keys * d)
+    tracing.record("pointwise", "softmax", sizes={}, result=scores[..., :0], pointwise=_WORK["softmax"] * scores.numel())
+    tracing.record("contraction", second, sizes={**sizes, "e": e}, result=result, flops=2 * rows * queries * keys * e)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """−log softmax(logits)[target] in nats, in fp32 whatever the logits' dtype.
+
+    Args:
+        logits: (..., classes). targets: integers (...); those equal to `ignore_index` do not count.
+        reduction: "mean" over the targets that count, "sum", or "none" for (...).
+
+    Returns:
+        A scalar, or (...) for "none". A mean over no targets at all is NaN, as in torch.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise SizeError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: expected (..., classes) and (...)")
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    result = functional.cross_entropy(flat, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    _pointwise("cross_entropy", result, logits.numel())
+    return result.reshape(targets.shape) if reduction == "none" else result

@@ -1,0 +1,134 @@
+"""Contraction order: candidate trees for a network, best first. The only file that imports cotengra.
+
+A tree is a sequence of pairs in SSA form: operands are numbered first, every pair appends one tensor.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from tn.cost import step_flops, volume
+from tn.errors import PlanError, unknown
+from tn.machine import Machine
+
+Axes = tuple[str, ...]
+Path = tuple[tuple[int, int], ...]
+
+SEARCHES = ("auto", "cotengra", "left_to_right")
+_EXHAUSTIVE = 5  # operands up to which every tree is enumerated: 105 trees at five
+_HYPER = 10  # operands above which cotengra's dynamic programming gives way to its seeded hyper-optimiser
+
+
+def search(
+    inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], *, grads: Sequence[bool], machine: Machine, method: str = "auto", keep: int = 8, seed: int = 0
+) -> list[Path]:
+    """The most promising trees, ranked by a layout-free lower bound of their time.
+
+    Args:
+        inputs: axes of each operand (no repeated axis inside one). output: axes that survive.
+        grads: which operands need a gradient; a step weighs 1 + [left needs one] + [right needs one].
+        method: "auto" joins cotengra's trees with every tree of few operands, "cotengra" takes cotengra's alone,
+            "left_to_right" the order as written.
+        keep: at most this many.
+
+    Returns:
+        At least one path. Raises PlanError for an unknown method.
+    """
+    count = len(inputs)
+    if method not in SEARCHES:
+        raise PlanError(unknown("search", method, SEARCHES))
+    if count == 1:
+        return [()]
+    if method == "left_to_right":
+        ids = [0, *range(count, 2 * count - 2)]
+        return [tuple((ids[i], i + 1) for i in range(count - 1))]
+    paths = list(_cotengra_paths(inputs, output, sizes, seed))
+    if method == "auto" and count <= _EXHAUSTIVE:
+        paths += [_to_path(tree, count) for tree in _trees(tuple(range(count)))]
+    paths = list(dict.fromkeys(_canonical(path, count) for path in paths))
+    return sorted(paths, key=lambda path: lower_bound(path, inputs, output, sizes, grads, machine))[:keep]
+
+
+def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple[int, int, Axes]]:
+    """(left, right, axes of the result) of each pair: an axis survives while another tensor or the output needs it."""
+    alive = dict(enumerate(inputs))
+    for number, (left, right) in enumerate(path):
+        a, b = alive.pop(left), alive.pop(right)
+        needed = set(output).union(*alive.values())
+        out = tuple(axis for axis in dict.fromkeys((*a, *b)) if axis in needed)
+        alive[len(inputs) + number] = out
+        yield left, right, out
+
+
+def lower_bound(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine) -> float:
+    """Seconds no layout can go below: each step at the peak rate or the copy bandwidth, weighted by the gradients it carries."""
+    axes, needs, total = list(inputs), list(grads), 0.0
+    for left, right, out in steps_of(path, inputs, output):
+        bytes_moved = 4 * sum(volume(t, sizes) for t in (axes[left], axes[right], out))
+        seconds = max(step_flops(axes[left], axes[right], sizes) / machine.peak, bytes_moved / machine.copy) + machine.launch
+        total += seconds * (1 + needs[left] + needs[right])
+        axes.append(out)
+        needs.append(needs[left] or needs[right])
+    return total
+
+
+def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]):
+    """The path as a `cotengra.ContractionTree`."""
+    import cotengra  # late: keeps `import tn` light
+
+    return cotengra.ContractionTree.from_path(inputs, output, dict(sizes), ssa_path=path)
+
+
+def _cotengra_paths(inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], seed: int) -> Iterator[Path]:
+    import cotengra  # late: keeps `import tn` light
+
+    searched = {axis: max(size, 1) for axis, size in sizes.items()}
+    for minimize in ("flops", "write", "combo"):
+        if len(inputs) <= _HYPER:
+            optimizer = cotengra.OptimalOptimizer(minimize=minimize)
+        else:
+            optimizer = cotengra.HyperOptimizer(
+                methods=["greedy"], minimize=minimize, optlib="random", parallel=False, max_repeats=32, seed=seed, progbar=False
+            )
+        found = cotengra.array_contract_tree([tuple(t) for t in inputs], tuple(output), searched, optimize=optimizer)
+        yield tuple((left, right) for left, right in found.get_ssa_path())
+
+
+@functools.lru_cache(maxsize=16)
+def _trees(leaves: tuple[int, ...]) -> tuple:
+    """Every binary tree over the leaves, as nested pairs."""
+    if len(leaves) == 1:
+        return (leaves[0],)
+    first, rest = leaves[0], leaves[1:]
+    found = []
+    for size in range(len(rest)):
+        for chosen in itertools.combinations(rest, size):
+            others = tuple(leaf for leaf in rest if leaf not in chosen)
+            found += [(left, right) for left in _trees((first, *chosen)) for right in _trees(others)]
+    return tuple(found)
+
+
+def _to_path(nested: object, count: int) -> Path:
+    pairs: list[tuple[int, int]] = []
+
+    def visit(node) -> int:
+        if isinstance(node, int):
+            return node
+        pair = (visit(node[0]), visit(node[1]))
+        pairs.append(pair)
+        return count + len(pairs) - 1
+
+    visit(nested)
+    return tuple(pairs)
+
+
+def _canonical(path: Path, count: int) -> Path:
+    """The same tree with its pairs in depth-first order and the smaller leaf first, so that equal trees compare equal."""
+    nodes: list = [*range(count)]
+    lowest: list[int] = [*range(count)]
+    for left, right in path:
+        if lowest[left] > lowest[right]:
+            left, right = right, left
+        nodes.append((nodes[left], nodes[right]))
+        lowest.append(lowest[left])
+    return _to_path(nodes[-1], count)

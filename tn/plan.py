@@ -1,0 +1,251 @@
+"""A Plan: the contraction order, the memory order of every value, and the kind and cost of each step. Pure data."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from tn import order
+from tn.cost import contraction_flops
+from tn.errors import PlanError, SizeError, unknown
+from tn.layout import Pairing, choose, pair
+from tn.machine import Machine, machine
+from tn.network import Network
+from tn.order import Axes, Path
+from tn.spec import ROWS
+
+FORMAT = 1  # of the JSON
+GOALS = ("time", "flops")
+DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pairwise contraction of SSA values `left` and `right` into value `out`, and how it runs."""
+
+    left: int
+    right: int
+    out: int
+    pairing: Pairing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is contracted. Make one with `tn.plan`.
+
+    Attributes:
+        network: what is contracted. sizes: (axis, size) pairs the plan was made for, dynamic axes included.
+        grad: tensors that need a gradient. goal, search: as asked for.
+        path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step).
+        machine: the table of rates behind the predicted times.
+    """
+
+    network: Network
+    sizes: tuple[tuple[str, int], ...]
+    grad: tuple[str, ...]
+    goal: str
+    search: str
+    path: Path
+    orders: tuple[Axes, ...]
+    machine: Machine = field(repr=False)
+
+    @functools.cached_property
+    def size(self) -> Mapping[str, int]:
+        """axis → size the plan was made for."""
+        return dict(self.sizes)
+
+    @functools.cached_property
+    def leaves(self) -> tuple[Axes, ...]:
+        """Axes of every operand after diagonals are read and axes that nobody else needs are summed."""
+        return leaf_axes(self.network)
+
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The pairwise contractions in order."""
+        first = len(self.leaves)
+        return tuple(
+            Step(left, right, first + i, pair(self.orders[left], self.orders[right], self.orders[first + i], self.size, self.machine))
+            for i, (left, right) in enumerate(self.path)
+        )
+
+    @functools.cached_property
+    def backward_steps(self) -> tuple[Step, ...]:
+        """The contractions of the needed gradients, in the order they run: `out` is the value whose gradient is made."""
+        needs = self.needs
+        found = []
+        for step in reversed(self.steps):
+            for target, other in ((step.left, step.right), (step.right, step.left)):
+                if needs[target]:
+                    pairing = pair(self.orders[step.out], self.orders[other], self.orders[target], self.size, self.machine)
+                    found.append(Step(step.out, other, target, pairing))
+        return tuple(found)
+
+    @functools.cached_property
+    def needs(self) -> tuple[bool, ...]:
+        """Whether each SSA value needs a gradient."""
+        needs = [term.name in self.grad for term in self.network.spec.operands]
+        for left, right in self.path:
+            needs.append(needs[left] or needs[right])
+        return tuple(needs)
+
+    @property
+    def tree(self):
+        """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
+        return order.tree(self.path, self.leaves, self.orders[-1], self.size)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs, 2 × the product of the axis sizes of every step."""
+        return sum(step.pairing.flops for step in self.steps)
+
+    @property
+    def backward_flops(self) -> int:
+        """FLOPs of the gradients in `grad`."""
+        return sum(step.pairing.flops for step in self.backward_steps)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds, forward and needed gradients."""
+        return sum(step.pairing.seconds for step in (*self.steps, *self.backward_steps))
+
+    @property
+    def copies(self) -> int:
+        """Tensors copied, forward and needed gradients."""
+        return sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
+
+    def flops_at(self, sizes: Mapping[str, int]) -> int:
+        """FLOPs of the matrix products of one forward pass at other sizes; elementwise products are not matrix products."""
+        total = 0
+        for step in self.steps:
+            left, right, out = (self.orders[value] for value in (step.left, step.right, step.out))
+            total += contraction_flops(left, right, out, sizes)
+        return total
+
+    def to_json(self) -> str:
+        """Canonical JSON; `Plan.from_json` reads it."""
+        value = {
+            "format": FORMAT,
+            "network": json.loads(self.network.to_json()),
+            "sizes": self.sizes,
+            "grad": self.grad,
+            "goal": self.goal,
+            "search": self.search,
+            "path": self.path,
+            "orders": self.orders,
+            "machine": self.machine.name,
+            "machine_digest": self.machine.digest,
+        }
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, table: Machine | None = None) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Args:
+            table: the machine table it was made with; the built-in CPU table if None.
+
+        Raises:
+            PlanError: another format, or a table with other numbers.
+        """
+        value = json.loads(text)
+        if value.get("format") != FORMAT:
+            raise PlanError(f"plan format {value.get('format')!r}, this version reads {FORMAT}")
+        table = table or machine()
+        if value["machine_digest"] != table.digest:
+            raise PlanError(f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})")
+        sizes = tuple((axis, size) for axis, size in value["sizes"])
+        path = tuple((left, right) for left, right in value["path"])
+        orders = tuple(map(tuple, value["orders"]))
+        network = Network.from_json(json.dumps(value["network"]))
+        return cls(network, sizes, tuple(value["grad"]), value["goal"], value["search"], path, orders, table)
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def leaf_axes(network: Network) -> tuple[Axes, ...]:
+    """Axes each operand brings to the pairwise steps: repeated ones once, ones that nobody else needs summed away."""
+    terms = network.spec.operands
+    kept = []
+    for i, term in enumerate(terms):
+        needed = set(network.output.axes).union(*(other.axes for j, other in enumerate(terms) if j != i))
+        kept.append(tuple(axis for axis in dict.fromkeys(term.axes) if axis in needed))
+    return tuple(kept)
+
+
+def plan(
+    network: Network,
+    *,
+    grad: Iterable[str] = (),
+    goal: str = "time",
+    rows: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    search: str = "auto",
+    table: Machine | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Plan a network: a pure function of its arguments.
+
+    Args:
+        grad: names of the tensors that need a gradient; their contractions are planned and paid for too.
+        goal: "time" minimises predicted seconds, "flops" floating-point operations.
+        rows: size of `...` to plan for. sizes: sizes of other dynamic axes. Both default to 1024; the plan is valid for every size.
+        dtype, device: choose the machine table when `table` is None.
+        search: "auto", "cotengra" (its trees only) or "left_to_right" (as written).
+        seed: of cotengra's search when there are many operands.
+
+    Returns:
+        A Plan; `print(plan)` shows every step, its operator and cost.
+
+    Raises:
+        PlanError: an unknown goal or search. SizeError: sizes for unknown axes. SpecError: an unknown tensor in `grad`.
+    """
+    if goal not in GOALS:
+        raise PlanError(unknown("goal", goal, GOALS))
+    for name in grad:
+        network.term(name)
+    given = {**({ROWS: rows} if rows is not None else {}), **(sizes or {})}
+    for axis in given:
+        if axis not in network.axes:
+            raise SizeError(unknown("axis", axis, network.axes))
+    # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
+    size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
+    return _plan(network, tuple(size.items()), tuple(n for n in network.names if n in set(grad)), goal, search, table or machine(device, dtype), seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int) -> Plan:
+    size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
+    needs = [term.name in grad for term in network.spec.operands]
+    paths = order.search(leaves, output, size, grads=needs, machine=table, method=search, seed=seed)
+    plans = []
+    for path in paths:
+        _, orders = choose(path, leaves, output, size, needs, table)
+        plans.append(Plan(network, sizes, grad, goal, search, path, orders, table))
+    if goal == "flops":
+        return min(plans, key=lambda p: (p.flops + p.backward_flops, p.seconds))
+    return min(plans, key=lambda p: (p.seconds, p.flops))
+
+
+def _table(plan: Plan) -> str:
+    names = [term.name for term in plan.network.spec.operands] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
+    dynamic = ", ".join(f"{axis}={plan.size[axis]}" for axis in plan.network.dynamic)
+    lines = [f"plan of {plan.network.spec}", f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}"]
+    lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
+    for step in plan.steps:
+        title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
+        lines.append(_row(title, step.pairing, plan.orders[step.out]))
+    for step in plan.backward_steps:
+        title = f"d{names[step.out]} = d{names[step.left]} · {names[step.right]}"
+        lines.append(_row(title, step.pairing, plan.orders[step.out]))
+    lines.append(f"  forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
+    return "\n".join(lines)
+
+
+def _row(title: str, p: Pairing, out: Axes) -> str:
+    operator = p.kind + (" into a view" if p.out == "strided" else "")
+    return f"  {title:<28}{operator:<18}{p.flops / 1e6:>10.2f}{p.bytes / 1e6:>9.2f}{p.copies:>8}{p.seconds * 1e6:>10.0f}  {' '.join(out)}"

@@ -1,0 +1,107 @@
+"""What a model runs, as Networks joined by named pointwise nodes: recorded on the meta device, without memory or arithmetic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation of a model.
+
+    Attributes:
+        path: the module that ran it. kind: "contraction", "gather" or "pointwise". what: the spec, or the name of a pointwise operation.
+        sizes: (axis, size) pairs. flops: of matrix products, 2 a multiply-add. pointwise: of everything else, approximate.
+        parameters: elements it owns or reads. bytes: size of its result and of the intermediates it keeps for the gradient.
+    """
+
+    path: str
+    kind: str
+    what: str
+    sizes: tuple[tuple[str, int], ...]
+    flops: int
+    pointwise: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The nodes of one forward pass in order. `str(trace)` is a table."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the matrix products of one forward pass."""
+        return sum(node.flops for node in self.nodes)
+
+    @property
+    def pointwise(self) -> int:
+        """Approximate FLOPs of everything that is not a matrix product."""
+        return sum(node.pointwise for node in self.nodes)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all results and kept intermediates: what training holds until the backward pass, before any recomputation."""
+        return sum(node.bytes for node in self.nodes)
+
+    def __str__(self) -> str:
+        lines = [f"{'where':<34}{'kind':<13}{'MFLOP':>10}{'pointwise':>11}{'params':>12}{'MB':>9}  what"]
+        for n in self.nodes:
+            lines.append(f"{n.path:<34}{n.kind:<13}{n.flops / 1e6:>10.3f}{n.pointwise / 1e6:>11.3f}{n.parameters:>12,}{n.bytes / 1e6:>9.2f}  {n.what}")
+        lines.append(f"{'total':<47}{self.flops / 1e6:>10.3f}{self.pointwise / 1e6:>11.3f}{'':>12}{self.bytes / 1e6:>9.2f}")
+        return "\n".join(lines)
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.path: list[str] = []
+
+
+_active: _Recorder | None = None
+
+
+def recording() -> bool:
+    """Whether a trace is being taken; operations ask before they describe themselves."""
+    return _active is not None
+
+
+def record(kind: str, what: str, *, sizes: Mapping[str, int], result: Tensor, flops: int = 0, pointwise: int = 0, parameters: int = 0, kept: int = 0) -> None:
+    """Add a node to the trace being taken; `kept` counts the elements saved besides the result."""
+    if _active is None:
+        raise RuntimeError("no trace is being taken; ask recording() first")
+    path = _active.path[-1] if _active.path else ""
+    size = (result.numel() + kept) * result.element_size()
+    _active.nodes.append(Node(path, kind, what, tuple(sizes.items()), flops, pointwise, parameters, size))
+
+
+def trace(model: nn.Module, *inputs: object) -> Trace:
+    """Run a model on the meta device and list every contraction and pointwise operation built from tn.
+
+    Args:
+        model: any module; parameters stay where they are. inputs: tensors are replaced by their meta twins.
+
+    Returns:
+        A Trace. Operations that are not tn's do not appear in it.
+    """
+    global _active
+    meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    arguments = [value.to("meta") if isinstance(value, Tensor) else value for value in inputs]
+    recorder, outer = _Recorder(), _active
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.path.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: recorder.path.pop() and None, always_call=True))
+    try:
+        _active = recorder
+        with torch.no_grad():
+            torch.func.functional_call(model, meta, tuple(arguments))
+    finally:
+        _active = outer
+        for handle in handles:
+            handle.remove()
+    return Trace(tuple(recorder.nodes))

@@ -108,6 +108,7 @@ class Contraction(nn.Module):
 
     def _prepare(self) -> None:
         """Plan for the usual case now, so that mistakes surface here and torch.compile never sees the planner."""
+        self._names, self._inputs = self.network.names, self.network.inputs
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._plain = program(self.plan(), "planned")._plain
 
@@ -155,11 +156,11 @@ class Contraction(nn.Module):
     def _operands(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
         given, parameters = iter(inputs), self._parameters
-        if len(inputs) != len(self.network.inputs):
-            raise OperatorError(f"the layer takes {len(self.network.inputs)} inputs ({', '.join(self.network.inputs)}), got {len(inputs)}")
-        operands = [parameters[name] if name in parameters else next(given) for name in self.network.names]
+        if len(inputs) != len(self._inputs):
+            raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
+        operands = [parameters[name] if name in parameters else next(given) for name in self._names]
         kind = operands[0].device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             operands = [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
         return operands

@@ -59,7 +59,8 @@ def _program(net: Network, sizes: tuple[tuple[str, int], ...], grads: tuple[str,
 def _tensors(operands: tuple) -> tuple[list[Tensor], bool]:
     numpy = bool(operands) and all(isinstance(operand, np.ndarray | np.generic) for operand in operands)
     if numpy:
-        return [torch.from_numpy(np.ascontiguousarray(operand)) for operand in operands], True
+        arrays = [np.asarray(operand) for operand in operands]  # torch knows no negative strides
+        return [torch.from_numpy(a.copy() if any(stride < 0 for stride in a.strides) else a) for a in arrays], True
     for i, operand in enumerate(operands):
         if not isinstance(operand, Tensor):
             raise OperatorError(f"operand {i} is a {type(operand).__name__}, expected a torch.Tensor (or numpy arrays throughout)")

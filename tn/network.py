@@ -141,6 +141,9 @@ class Network:
             current = (current | set(axes)) - set(contracted)
         return tuple(fans)
 
+    def __reduce__(self):
+        return Network, (self.spec, self.known, self.cores, self.consts)
+
     def to_json(self) -> str:
         """Canonical JSON: equal networks give equal text."""
         value = {"format": FORMAT, "spec": str(self.spec), "sizes": list(map(list, self.known)), "cores": self.cores, "consts": self.consts}

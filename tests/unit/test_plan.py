@@ -1,0 +1,133 @@
+"""Plans: counts, determinism, layouts without copies, JSON, and the printed table."""
+
+import pytest
+import torch
+
+import tn
+from tn.layout import is_run
+from tn.order import search
+from tn.machine import GENERIC_CPU
+
+BTT = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=32, j=32, r=4, k=32, l=32), cores=("a", "c"))
+TT = tn.network("x: ... (a b), g: a i r, h: r b j -> ... (i j)", dict(a=16, b=24, i=24, j=32, r=8), cores=("g", "h"))
+
+
+def test_flops_agree_with_cotengra():
+    for net in (BTT, TT):
+        plan = tn.plan(net, rows=300)
+        assert plan.flops == 2 * plan.tree.contraction_cost()
+
+
+def test_gradients_of_everything_cost_twice_the_forward_pass():
+    plan = tn.plan(BTT, grad=("x", "a", "c"))
+    assert plan.backward_flops == 2 * plan.flops
+    assert tn.plan(BTT, grad=()).backward_flops == 0
+    assert tn.plan(BTT, grad=("a", "c")).backward_flops < plan.backward_flops
+
+
+def test_two_core_btt_needs_no_copy_forward_or_backward():
+    plan = tn.plan(BTT, grad=("x", "a", "c"))
+    assert plan.copies == 0
+    assert plan.orders[3][-1] == "..."  # the intermediate is batch-last
+
+
+def test_copies_predicted_are_the_copies_that_run():
+    plan = tn.plan(BTT, grad=("x", "a", "c"))
+    layer = tn.StructuredLinear(1024, 1024, structure="btt", rank=4, bias=False)
+    x = torch.randn(64, 1024, requires_grad=True)
+    y = layer(x)
+    g = torch.randn_like(y)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], g)
+    copies = sum(event.count for event in profile.key_averages() if event.key in ("aten::copy_", "aten::clone"))
+    assert copies == plan.copies == 0
+
+
+def test_planning_is_a_pure_function():
+    assert tn.plan(BTT, grad=("x",), rows=77) == tn.plan(BTT, grad=("x",), rows=77)
+    assert tn.plan(BTT, grad=("x",)).to_json() == tn.Plan.from_json(tn.plan(BTT, grad=("x",)).to_json()).to_json()
+
+
+def test_weights_are_merged_only_when_rows_pay_for_it():
+    chain = tn.network("x: ... i, a: i r, b: r o -> ... o", dict(i=64, r=64, o=64), cores=("a", "b"))
+    assert tn.plan(chain, rows=2, goal="flops").path[0] == (0, 1)
+    assert tn.plan(chain, rows=10**6, goal="flops").path[0] == (1, 2)
+
+
+def test_frozen_tensors_change_the_order():
+    wide = tn.network("x: ... i, a: i r, b: r o -> ... o", dict(i=64, r=48, o=64), cores=("a", "b"))
+    frozen, trained = tn.plan(wide, rows=128, goal="flops", grad=()), tn.plan(wide, rows=128, goal="flops", grad=("a",))
+    assert trained.backward_flops + trained.flops <= tn.plan(wide, rows=128, goal="flops", grad=("a",), search="left_to_right").flops * 3
+    assert frozen.flops <= trained.flops
+
+
+def test_left_to_right_is_the_order_as_written():
+    plan = tn.plan(BTT, search="left_to_right")
+    assert plan.path == ((0, 1), (3, 2))
+
+
+def test_every_candidate_tree_has_every_operand_once():
+    inputs = [("a", "b"), ("b", "c"), ("c", "d"), ("d", "e")]
+    sizes = dict.fromkeys("abcde", 4)
+    for path in search(inputs, ("a", "e"), sizes, grads=[True] * 4, machine=GENERIC_CPU, keep=99):
+        assert sorted(v for pair in path for v in pair) == list(range(2 * len(inputs) - 2))
+
+
+def test_runs_ignore_axes_of_size_one():
+    sizes = {"a": 2, "b": 1, "c": 3}
+    assert is_run(("a", "b", "c"), ("a", "c"), sizes)
+    assert not is_run(("a", "b", "c"), ("c", "a"), sizes)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(goal="tiem"), "unknown goal 'tiem': did you mean 'time'"),
+        (dict(search="cotenga"), "unknown search 'cotenga': did you mean 'cotengra'"),
+        (dict(sizes={"q": 3}), "unknown axis 'q'"),
+        (dict(grad=("b",)), "unknown tensor 'b'"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError) as error:
+        tn.plan(BTT, **kwargs)
+    assert message in str(error.value)
+
+
+def test_another_table_is_refused():
+    text = tn.plan(BTT).to_json().replace(GENERIC_CPU.digest, "0" * 16)
+    with pytest.raises(tn.PlanError, match="generic-cpu"):
+        tn.Plan.from_json(text)
+
+
+def test_several_outputs_are_refused_in_words():
+    with pytest.raises(tn.SpecError, match="has 2 outputs"):
+        tn.plan(tn.network("x: i j -> a: i, b: j"))
+
+
+def test_the_table_names_steps_and_operators():
+    text = str(tn.plan(BTT, grad=("x", "a", "c")))
+    for words in ("v3 = x · a", "bmm into a view", "dc = dv4 · v3", "0 copies", "table generic-cpu"):
+        assert words in text
+
+
+def test_source_is_printable_python_without_the_planner():
+    source = tn.compile(BTT).source
+    assert "torch.bmm" in source and "def backward" in source and "out=" in source
+    compile(source, "<program>", "exec")
+
+
+def test_a_program_names_the_tensor_that_does_not_fit():
+    f = tn.compile(BTT)
+    a, c = torch.zeros(32, 32, 4, 32), torch.zeros(32, 32, 4, 32)
+    with pytest.raises(tn.SizeError, match="tensor 'x': dimension"):
+        f(torch.zeros(2, 1000), a, c)
+    with pytest.raises(tn.SizeError, match="tensor 'c': axis 'l' has size 31"):
+        f(torch.zeros(2, 1024), a, c[..., :31])
+
+
+def test_planning_for_one_row_still_serves_many():
+    f = tn.compile(tn.plan(BTT, rows=1, grad=("x", "a", "c")))
+    operands = [torch.randn(5, 1024, dtype=torch.float64), *(torch.randn(32, 32, 4, 32, dtype=torch.float64) for _ in range(2))]
+    want = torch.einsum("bij,ijrk,kirl->bkl", operands[0].reshape(5, 32, 32), *operands[1:]).reshape(5, 1024)
+    assert torch.allclose(f(*operands), want)

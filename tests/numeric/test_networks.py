@@ -63,3 +63,57 @@ def test_einsum_backend_equals_the_sum(case, seed):
 def test_contract_equals_the_sum(case, seed):
     network, shapes = case
     _check(lambda *t: tn.contract(str(network.spec), *t), network, _operands(shapes, seed), torch.float64)
+
+
+@given(case=networks(), seed=st.integers(0, 2**16), implicit=st.booleans())
+def test_einsum_equals_the_sum(case, seed, implicit):
+    """tn.einsum on the same networks in letters: a tensor used twice is passed twice, a size-one axis may broadcast."""
+    network, shapes = case
+    letter = dict(zip(network.axes, "aBcdEfg", strict=False))
+    left = ",".join("".join(letter[axis] for axis in term.axes) for term in network.spec.operands)
+    right = "".join(letter[axis] for axis in network.output.axes)
+    where = [network.names.index(term.name) for term in network.spec.operands]
+    _check(lambda *t: tn.einsum(f"{left}->{right}", *(t[i] for i in where)), network, _operands(shapes, seed), torch.float64)
+    if implicit:
+        tensors = [t.float() for t in _operands(shapes, seed).values()]
+        got = tn.einsum(left, *(tensors[i] for i in where))
+        assert torch.allclose(got, torch.einsum(left, *(tensors[i] for i in where)), rtol=1e-4, atol=1e-4)
+
+
+TABLE = [
+    ("gemm", "x: b i, w: i o -> b o", {}),
+    ("hadamard", "x: b r, y: b r -> b r", {}),
+    ("hyperaxis", "x: b r, u: i r, v: o r -> b i o", {}),
+    ("lost axis", "x: b i, y: r -> b", {}),
+    ("scalar operand", "s:, x: b i -> i b", {}),
+    ("dot", "x: i, y: i -> ", {}),
+    ("outer", "x: i, y: j -> j i", {}),
+    ("trace", "x: i i -> ", {}),
+    ("batched", "x: b i k, y: b k j -> i b j", {}),
+    ("grouped", "x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=3, j=4, r=2, k=5, l=3)),
+    ("tensor train", "x: ... (a b c), g: a i r, h: r b j s, w: s c k -> ... (i j k)", dict(a=2, b=3, c=2, i=3, j=2, k=2, r=2, s=3)),
+    ("squared", "x: ... i, w: i h, x: ... j, v: j h, p: h o -> ... o", {}),
+    ("attention scores", "q: ... s h d, k: ... t h d -> ... h s t", {}),
+    ("width one", "x: ... (i j), a: i j r, b: i r 1 o -> ... o", dict(i=1, j=3, r=1, o=4)),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 0], ids="size {}".format)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("spec", "sizes"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_table(spec, sizes, dtype, size):
+    network = tn.network(spec, sizes)
+    full = {axis: sizes.get(axis, size) for axis in network.axes}
+    shapes = {}
+    for name in network.names:
+        dims = [(2, size) if dim == ("...",) else (_product(full[axis] for axis in dim),) for dim in network.term(name).dims]
+        shapes[name] = tuple(extent for dim in dims for extent in dim)
+    plan = tn.plan(network, grad=network.names, sizes={axis: max(size, 2) for axis in network.dynamic})
+    _check(tn.compile(plan), network, _operands(shapes, 0), dtype)
+
+
+def _product(extents) -> int:
+    result = 1
+    for extent in extents:
+        result *= extent
+    return result

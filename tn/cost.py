@@ -16,5 +16,5 @@ def step_flops(left: Iterable[str], right: Iterable[str], sizes: Mapping[str, in
 
 def contraction_flops(left: Iterable[str], right: Iterable[str], out: Iterable[str], sizes: Mapping[str, int]) -> int:
     """FLOPs of one pairwise step that really contracts; 0 for an elementwise or outer product, which no matrix unit runs."""
-    summed = (set(left) | set(right)) - set(out)
+    summed = {axis for axis in (set(left) & set(right)) - set(out) if sizes[axis] != 1}
     return step_flops(left, right, sizes) if summed else 0

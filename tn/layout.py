@@ -74,7 +74,7 @@ def _pair(left: Axes, right: Axes, out: Axes, known: tuple[tuple[str, int], ...]
     sizes = dict(known)
     a, b, c = set(left), set(right), set(out)
     groups = (a & b & c, (a & c) - b, (b & c) - a, (a & b) - c)
-    if not groups[3]:
+    if all(sizes[axis] == 1 for axis in groups[3]):
         return _multiply(left, right, out, sizes, machine)
     sources = ((left, right, out), (left, out), (right, out), (left, right))
     choices = [

@@ -29,6 +29,8 @@ class StructuredLinear(Contraction):
     (torch.Size([2, 3, 4096]), 790528)
     """
 
+    tn_role: str | None = None  # what the layer does in its model, such as "mlp.in"; restructure goes by it
+
     def __init__(
         self,
         in_features: int,
@@ -49,7 +51,7 @@ class StructuredLinear(Contraction):
         built = structures.get(structure).build(in_features, out_features, rank, factors)
         super().__init__(built.spec, sizes=built.sizes, cores=built.cores, zero_init=zero_init, device=device, dtype=dtype, backend=backend)
         self.in_features, self.out_features = in_features, out_features
-        self.structure, self.rank, self.factors = structure, built.rank, built.factors
+        self.structure, self.rank, self.factors = structure, built.rank, built.factors or None
         self._pads = built.d_in - in_features, built.d_out - out_features
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tn import order
-from tn.cost import contraction_flops
+from tn.cost import contraction_flops, volume
 from tn.errors import PlanError, SizeError, unknown
 from tn.layout import Pairing, choose, pair
 from tn.machine import Machine, machine
@@ -18,6 +18,7 @@ from tn.spec import ROWS
 
 FORMAT = 1  # of the JSON
 GOALS = ("time", "flops")
+_LEAST_TILE = 128
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
 
 
@@ -94,6 +95,17 @@ class Plan:
     def tree(self):
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
+
+    @property
+    def tile(self) -> int | None:
+        """Rows worked on at a time, so that intermediates stay in cache; None to take all rows at once.
+
+        With tiles, the backward pass makes the intermediates again instead of keeping them."""
+        inner = [self.orders[step.out] for step in self.steps[:-1] if ROWS in self.orders[step.out]]
+        if not inner or not self.machine.cache or any(step.pairing.kind not in ("mm", "bmm") for step in (*self.steps, *self.backward_steps)):
+            return None
+        row = 4 * sum(volume([axis for axis in order if axis != ROWS], self.size) for order in inner)
+        return max(_LEAST_TILE, 1 << max(self.machine.cache // max(row, 1), 1).bit_length() - 1)
 
     @property
     def flops(self) -> int:
@@ -242,6 +254,8 @@ def _table(plan: Plan) -> str:
     for step in plan.backward_steps:
         title = f"d{names[step.out]} = d{names[step.left]} · {names[step.right]}"
         lines.append(_row(title, step.pairing, plan.orders[step.out]))
+    if plan.tile is not None:
+        lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
     lines.append(f"  forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
     return "\n".join(lines)
 

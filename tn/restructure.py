@@ -123,8 +123,7 @@ def _swap(model: nn.Module, old: dict[str, nn.Module], new: dict[str, nn.Module]
     changes = []
     for path, layer in new.items():
         parent, _, name = path.rpartition(".")
-        if hasattr(old[path], "tn_role"):
-            layer.tn_role = old[path].tn_role
+        layer.tn_role = getattr(old[path], "tn_role", None)
         layer.train(old[path].training)
         setattr(model.get_submodule(parent), name, layer)
         counts = [sum(p.numel() for p in m.parameters()) for m in (old[path], layer)]

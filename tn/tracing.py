@@ -79,17 +79,20 @@ def record(kind: str, what: str, *, sizes: Mapping[str, int], result: Tensor, fl
     _active.nodes.append(Node(path, kind, what, tuple(sizes.items()), flops, pointwise, parameters, size))
 
 
-def trace(model: nn.Module, *inputs: object) -> Trace:
+def trace(model: nn.Module, *inputs: object, grad: bool | None = None) -> Trace:
     """Run a model on the meta device and list every contraction and pointwise operation built from tn.
 
     Args:
         model: any module; parameters stay where they are. inputs: tensors are replaced by their meta twins.
+        grad: plan as for training (True) or for inference (False), which may merge cores; as `model.training` says if None.
 
     Returns:
         A Trace. Operations that are not tn's do not appear in it.
     """
     global _active
-    meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in model.named_buffers()}
+    for name, parameter in model.named_parameters():
+        meta[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad)
     arguments = [value.to("meta") if isinstance(value, Tensor) else value for value in inputs]
     recorder, outer = _Recorder(), _active
     handles = []
@@ -98,7 +101,7 @@ def trace(model: nn.Module, *inputs: object) -> Trace:
         handles.append(module.register_forward_hook(lambda *_: recorder.path.pop() and None, always_call=True))
     try:
         _active = recorder
-        with torch.no_grad():
+        with torch.set_grad_enabled(model.training if grad is None else grad):
             torch.func.functional_call(model, meta, tuple(arguments))
     finally:
         _active = outer

@@ -1,11 +1,14 @@
 """Random networks against the float64 one-shot sum: forward and every gradient, every way a network can run."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 import tn
+from tn.machine import GENERIC_CPU
 from tn.testing import assert_close, networks, one_shot
 
 
@@ -110,6 +113,34 @@ def test_table(spec, sizes, dtype, size):
         shapes[name] = tuple(extent for dim in dims for extent in dim)
     plan = tn.plan(network, grad=network.names, sizes={axis: max(size, 2) for axis in network.dynamic})
     _check(tn.compile(plan), network, _operands(shapes, 0), dtype)
+
+
+@pytest.mark.parametrize("rows", [129, 256, 300])
+@pytest.mark.parametrize("needs", [("x", "a", "c"), ("x",), ("a",), ("c",)], ids="-".join)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "x: ... (i j), a: i j r k, c: k i r l -> ... (k l)",
+        "x: ... (i j), c: j r l, a: i r k -> ... (k l)",
+        "x: ... (i j), x: ... (k l), a: i k r, c: r o j l -> ... o",
+    ],
+)
+def test_row_tiles(spec, needs, rows):
+    network = tn.network(spec, dict(i=3, j=4, r=2, k=3, l=4, **({"o": 5} if "o" in spec else {})))
+    table = dataclasses.replace(GENERIC_CPU, cache=1)  # the smallest tile
+    f = tn.compile(tn.plan(network, grad=needs, search="left_to_right", table=table))
+    operands = {name: torch.randn(rows, 12) if name == "x" else torch.randn(network.shape(name)) for name in network.names}
+    wide = {name: t.double().requires_grad_(name in needs) for name, t in operands.items()}
+    cast = {name: t.clone().requires_grad_(name in needs) for name, t in operands.items()}
+    want, got = one_shot(network, wide), f(*cast.values())
+    assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+    cotangent = torch.randn_like(want)
+    wants = torch.autograd.grad(want, [wide[n] for n in needs], cotangent)
+    gots = torch.autograd.grad(got, [cast[n] for n in needs], cotangent.float())
+    for g, w in zip(gots, wants, strict=True):
+        assert torch.allclose(g.double(), w, rtol=1e-3, atol=1e-3 * w.abs().max().item())
+    if "bmm" in f.source:
+        assert "backward_tiled" in f.source
 
 
 def _product(extents) -> int:

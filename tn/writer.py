@@ -1,0 +1,265 @@
+"""The words of generated programs: expressions for views, products and results, written line by line."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tn.errors import SizeError
+from tn.layout import Pairing, is_run
+from tn.order import Axes
+from tn.plan import Plan
+from tn.spec import ROWS, Term
+
+
+class Value:
+    """A tensor in generated code: its variable, its axis order, and the axes each dimension of the variable holds."""
+
+    def __init__(self, name: str, order: Axes, dims: tuple[Axes, ...] | None) -> None:
+        self.name, self.order, self.dims = name, order, dims
+
+
+class Writer:
+    """Writes the body of one generated function."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.lines: list[str] = []
+        self.indent = "    "
+        self.rows = "rows"  # the variable that holds the size of `...`; another one inside a loop over row tiles
+        self.sizes = plan.size
+        self.count = 0
+
+    def add(self, line: str) -> None:
+        self.lines.append(f"{self.indent}{line}")
+
+    def variable(self, axis: str) -> str:
+        """The Python variable that holds the size of a dynamic axis."""
+        return self.rows if axis == ROWS else f"n_{axis}"
+
+    def fresh(self) -> str:
+        self.count += 1
+        return f"s{self.count}"
+
+    def extent(self, axes: Sequence[str]) -> str:
+        """The size of merged axes as an expression: literals where known, variables where dynamic."""
+        known = math.prod(self.plan.network.sizes.get(axis, 1) for axis in axes)
+        dynamic = [self.variable(axis) for axis in axes if axis not in self.plan.network.sizes]
+        return " * ".join([*dynamic, *([str(known)] if known != 1 or not dynamic else [])])
+
+    def shape(self, groups: Sequence[Axes]) -> str:
+        return ", ".join(self.extent(group) for group in groups)
+
+    def prologue(self) -> None:
+        """Check the shapes and name the dynamic sizes. The checks are cheap; `mismatch` then finds the words for what is wrong."""
+        network, known = self.plan.network, self.plan.network.sizes
+        lead = next((term.name for term in network.spec.operands if ROWS in term.axes), None)
+        ranks: list[str] = []
+        sizes: list[str] = []
+        checks: list[str] = []
+        seen: set[str] = set()
+        for term in dict.fromkeys(network.spec.operands):
+            name, dims = term.name, [dim for dim in term.dims if dim != (ROWS,)]
+            cut = f"[:{-len(dims)}]" if dims else ""
+            if all(axis in known for axis in term.axes):
+                checks.append(f"{name}.shape != {tuple_of([self.extent(dim) for dim in dims])}")
+                continue
+            if ROWS not in term.axes:
+                ranks.append(f"{name}.dim() != {len(dims)}")
+            elif name == lead and not sizes:
+                ranks.append(f"{name}.dim() < {len(dims)}")
+                sizes += [f"lead = {name}.shape{cut}", f"{self.variable(ROWS)} = lead.numel()"]
+            else:
+                checks.append(f"{name}.shape{cut} != lead")
+            for i, dim in enumerate(dims):
+                self._dimension(f"{name}.shape[{i - len(dims)}]", dim, seen, checks, sizes)
+        self._guard(ranks)
+        for line in sizes:
+            self.add(line)
+        self._guard(checks)
+
+    def _guard(self, checks: list[str]) -> None:
+        if checks:
+            self.add(f"if {' or '.join(checks)}:")
+            self.add(f"    mismatch({', '.join(self.plan.network.names)})")
+
+    def _dimension(self, text: str, dim: Axes, seen: set[str], checks: list[str], sizes: list[str]) -> None:
+        known = self.plan.network.sizes
+        fresh = [axis for axis in dict.fromkeys(dim) if axis not in known and axis not in seen]
+        if not fresh:
+            checks.append(f"{text} != {self.extent(dim)}")
+            return
+        rest = [axis for axis in dim if axis != fresh[0]]
+        if len(fresh) > 1 or len(rest) + 1 < len(dim):
+            raise SizeError(f"dimension ({' '.join(dim)}) does not say how it splits; give sizes for all but one of its axes")
+        seen.add(fresh[0])
+        sizes.append(f"{self.variable(fresh[0])} = {text}" + (f" // ({self.extent(rest)})" if rest else ""))
+        if rest:
+            checks.append(f"{text} != {self.extent(dim)}")
+
+    def leaf(self, term: Term, axes: Axes) -> Value:
+        """An operand as a buffer with one axis or run of axes a dimension: groups split, diagonals read, unneeded axes summed."""
+        simple = len(set(term.axes)) == len(term.axes) == len(axes)
+        if simple:
+            dims = tuple(dim for dim in term.dims) if ROWS not in term.axes else None
+            return Value(term.name, term.axes, dims)
+        name, order = term.name, list(term.axes)
+        split = self.fresh()
+        self.add(f"{split} = {name}.reshape({self.shape([(axis,) for axis in order])})")
+        while len(set(order)) < len(order):
+            axis = next(a for a in order if order.count(a) > 1)
+            first, second = [i for i, a in enumerate(order) if a == axis][:2]
+            order = [a for i, a in enumerate(order) if i not in (first, second)] + [axis]
+            self.add(f"{split} = {split}.diagonal(dim1={first}, dim2={second})")
+        summed = [i for i, axis in enumerate(order) if axis not in axes]
+        if summed:
+            self.add(f"{split} = {split}.sum(({', '.join(map(str, summed))},))")
+        kept = [axis for axis in order if axis in axes]
+        if tuple(kept) != tuple(axes):
+            self.add(f"{split} = {split}.permute({', '.join(str(kept.index(axis)) for axis in axes)})")
+        return Value(split, tuple(axes), tuple((axis,) for axis in axes))
+
+    def view(self, value: Value, groups: Sequence[Axes], copy: bool = False) -> str:
+        """An expression for the value with one dimension a group, in the given order."""
+        groups = [tuple(group) for group in groups]
+        if copy or not all(is_run(value.order, group, self.sizes) for group in groups):
+            flat = [axis for group in groups for axis in group]
+            text = self._reshape(value, [(axis,) for axis in value.order])
+            text += _permute([value.order.index(axis) for axis in flat])
+            return f"{text}.reshape({self.shape(groups)})"
+        filled = [group for group in groups if group]
+        memory = self._memory(value.order, groups)
+        text = self._reshape(value, memory) + _permute([memory.index(group) for group in filled])
+        for i, group in enumerate(groups):
+            if not group:
+                text += f".unsqueeze({i})"
+        return text
+
+    def _reshape(self, value: Value, dims: Sequence[Axes]) -> str:
+        if value.dims is not None and tuple(map(tuple, dims)) == value.dims:
+            return value.name
+        return f"{value.name}.reshape({self.shape(dims) if dims else '()'})"
+
+    def product(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, strided: bool) -> Value:
+        """Write one step into a new tensor; `strided` allows writing through a view of it."""
+        if p.kind == "multiply":
+            return self._multiply(left, right, order, name)
+        if p.kind == "dot":
+            return self._dot(left, right, order, p, name)
+        call, a, b, groups = self._matrices(left, right, p)
+        if p.out == "strided" and strided:
+            memory = self._memory(order, groups)
+            self.add(f"{name} = {left.name}.new_empty({tuple_of([self.extent(group) for group in memory])})")
+            made = Value(name, order, memory)
+            self.add(f"torch.{call}({a}, {b}, out={self.view(made, groups)})")
+            return made
+        self.add(f"{name} = torch.{call}({a}, {b})")
+        made = Value(name, tuple(axis for group in groups for axis in group), groups)
+        return made if p.out == "native" else self.reorder(made, order)
+
+    def write(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
+        """Write one matrix product into an existing tensor."""
+        if p.out == "copy":
+            made = self.product(left, right, target.order, p, self.fresh(), False)
+            self.add(f"{target.name}.copy_({made.name}.reshape({target.name}.shape))")
+        else:
+            call, a, b, groups = self._matrices(left, right, p)
+            self.add(f"torch.{call}({a}, {b}, out={self.view(target, groups)})")
+
+    def write_buffer(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, buffer: str) -> Value:
+        """Write one matrix product into the head of a flat buffer."""
+        memory = tuple((axis,) for axis in order)
+        if p.out != "copy":
+            memory = self._memory(order, self._matrices(left, right, p)[3])
+        self.add(f"{name} = {buffer}[: {self.extent(order)}].view({tuple_of([self.extent(group) for group in memory])})")
+        target = Value(name, order, memory)
+        self.write(left, right, p, target)
+        return target
+
+    def accumulate(self, left: Value, right: Value, p: Pairing, name: str) -> Value:
+        """Add one matrix product to a tensor of the product's own shape."""
+        call, a, b, groups = self._matrices(left, right, p)
+        self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
+        return Value(name, tuple(axis for group in groups for axis in group), groups)
+
+    def _memory(self, order: Axes, groups: Sequence[Axes]) -> tuple[Axes, ...]:
+        """The groups that have axes, sorted by their place in memory."""
+        return tuple(sorted((g for g in groups if g), key=lambda group: _place(order, group, self.sizes)))
+
+    def _matrices(self, left: Value, right: Value, p: Pairing) -> tuple[str, str, str, tuple[Axes, ...]]:
+        """("mm" or "bmm", left matrix, right matrix, groups of the result's dimensions)."""
+        first, second, outer, inner = (left, right, p.left, p.right) if not p.swap else (right, left, p.right, p.left)
+        copies = (p.copy_left, p.copy_right) if not p.swap else (p.copy_right, p.copy_left)
+        batch = (p.batch,)
+        if p.kind == "mm":
+            batch = ()
+            if p.batch:  # batch axes of size one ride along with the rows
+                outer = (*p.batch, *outer)
+                second = self._without(second, p.batch)
+                copies = (copies[0] or not is_run(first.order, outer, self.sizes), copies[1])
+        a = self.view(first, [*batch, outer, p.contracted], copies[0])
+        b = self.view(second, [*batch, p.contracted, inner], copies[1])
+        return p.kind, a, b, (*batch, outer, inner)
+
+    def _without(self, value: Value, axes: Axes) -> Value:
+        """The value with axes of size one dropped from its order; its memory is the same."""
+        return Value(value.name, tuple(axis for axis in value.order if axis not in axes), None)
+
+    def reorder(self, value: Value, order: Axes) -> Value:
+        """The value with its axes permuted to an order; dimensions keep runs together where they can."""
+        dims = [axis for axis in order]
+        text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in dims])
+        self.add(f"{value.name} = {text}")
+        return Value(value.name, order, tuple((axis,) for axis in order))
+
+    def _multiply(self, left: Value, right: Value, order: Axes, name: str) -> Value:
+        def spread(value: Value) -> str:
+            stored = [axis for axis in value.order if axis in order]  # the others have size one
+            text = self._reshape(value, [(axis,) for axis in stored]) + _permute([stored.index(axis) for axis in order if axis in stored])
+            missing = [i for i, axis in enumerate(order) if axis not in value.order]
+            return text + "".join(f".unsqueeze({i})" for i in missing)
+
+        self.add(f"{name} = {spread(left)} * {spread(right)}")
+        return Value(name, order, tuple((axis,) for axis in order))
+
+    def _dot(self, left: Value, right: Value, order: Axes, p: Pairing, name: str) -> Value:
+        kept = tuple(axis for axis in order)
+        batch = (*p.batch, *p.left, *p.right)  # every kept axis beyond the batch has size one
+
+        def spread(value: Value) -> str:
+            mine = [axis for axis in batch if axis in value.order]
+            text = self.view(value, [*((axis,) for axis in mine), p.contracted])
+            for i, axis in enumerate(batch):
+                if axis not in value.order:
+                    text += f".unsqueeze({i})"
+            return text
+
+        self.add(f"{name} = ({spread(left)} * {spread(right)}).sum(-1)")
+        made = Value(name, batch, tuple((axis,) for axis in batch))
+        return made if batch == kept else self.reorder(made, kept)
+
+    def result(self, value: Value, term: Term) -> str:
+        """The value in the stored shape of a term, leading dimensions restored."""
+        dims = [dim for dim in term.dims if dim != (ROWS,)]
+        text = value.name
+        if value.order != term.axes:
+            text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in term.axes])
+        elif ROWS not in term.axes and value.dims == term.dims:
+            return text
+        shape = tuple_of([self.extent(dim) for dim in dims])
+        return f"{text}.reshape({'lead + ' if ROWS in term.axes else ''}{shape})"
+
+
+def _place(order: Axes, group: Axes, sizes: Mapping[str, int]) -> int:
+    wide = [axis for axis in group if sizes[axis] != 1]
+    return order.index((wide or list(group))[0])
+
+
+def tuple_of(items: Sequence[str]) -> str:
+    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _permute(permutation: Sequence[int]) -> str:
+    if list(permutation) == sorted(permutation):
+        return ""
+    if list(permutation) in ([1, 0], [0, 2, 1]):
+        return ".mT"
+    return f".permute({', '.join(map(str, permutation))})"

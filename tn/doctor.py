@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 import tn
+from tn.settings import cache_folder
 
 DISTRIBUTION = "tn-layers"
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package's import name is not its own
@@ -212,7 +213,7 @@ def _caches() -> Iterator[Check]:
 
 def _folders() -> Iterator[tuple[str, Path, str]]:
     """(name, folder, what it holds); each may be deleted, which costs making it again."""
-    yield "project", Path.home() / ".cache" / DISTRIBUTION, "prepared tokens and trained vocabularies"
+    yield "project", cache_folder(), "prepared tokens and trained vocabularies"
     hub = importlib.import_module("huggingface_hub.constants")
     yield "hugging face", Path(hub.HF_HOME), "downloads of `datasets` and `transformers`"
 

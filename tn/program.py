@@ -189,6 +189,8 @@ def _backward_source(plan: Plan, needs: Sequence[bool]) -> str:
         need.append(need[left] or need[right])
     gradients: dict[int, Value] = {len(values) - 1: Value("gradient", result.order, None)}
     for step in reversed(plan.steps):
+        if not need[step.out]:
+            continue
         above = gradients[step.out]
         for target, other in ((step.left, step.right), (step.right, step.left)):
             if need[target]:

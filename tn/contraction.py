@@ -108,7 +108,8 @@ class Contraction(nn.Module):
 
     def _prepare(self) -> None:
         """Plan for the usual case now, so that mistakes surface here and torch.compile never sees the planner."""
-        self._names, self._inputs = self.network.names, self.network.inputs
+        self._inputs = self.network.inputs
+        self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._plain = program(self.plan(), "planned")._plain
 
@@ -155,15 +156,11 @@ class Contraction(nn.Module):
 
     def _operands(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
-        given, parameters = iter(inputs), self._parameters
         if len(inputs) != len(self._inputs):
             raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
-        operands = [parameters[name] if name in parameters else next(given) for name in self._names]
-        kind = operands[0].device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            operands = [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
-        return operands
+        given, parameters = iter(inputs), self._parameters
+        operands = [next(given) if core is None else parameters[core] for core in self._slots]
+        return _autocast(operands) if torch._C._is_any_autocast_enabled() else operands
 
     def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
@@ -189,3 +186,12 @@ class Contraction(nn.Module):
     def __repr__(self) -> str:
         options = f", bias={self.bias is not None}" + (", zero_init=True" if self.zero_init else "")
         return f"Contraction({str(self.network.spec)!r}, sizes={dict(self.network.known)}, cores={self.network.cores}{options})"
+
+
+def _autocast(operands: list[Tensor]) -> list[Tensor]:
+    """Operands in the dtype that autocast asks for on their device; float64 and integers stay, as in `nn.Linear`."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]

@@ -64,7 +64,9 @@ def main() -> int:
             print(group)
         print(check, flush=True)
         broken += check.status == "broken"
-    verdict = "all required parts work" if not broken else f"{broken} required part{'s' if broken > 1 else ''} broken: see the → lines above"
+    verdict = (
+        "all required parts work" if not broken else f"{broken} required part{'s' if broken > 1 else ''} broken: see the → lines above"
+    )
     print(f"{verdict} ({time.perf_counter() - begun:.0f} s)")
     return 1 if broken else 0
 
@@ -77,7 +79,9 @@ def _python() -> Iterator[Check]:
         name="python",
         status="ok" if enough else "broken",
         detail=f"{version} at {sys.executable}",
-        remedy="" if enough else "Python 3.11 or newer is needed: build the environment with another, e.g. make test PYTHON=/path/to/python3.11",
+        remedy=""
+        if enough
+        else "Python 3.11 or newer is needed: build the environment with another, e.g. make test PYTHON=/path/to/python3.11",
     )
     yield Check(group="python", name="platform", status="ok", detail=platform.platform())
 
@@ -111,7 +115,9 @@ def _package(requirement: str) -> Check:
         return Check(group="packages", name=name, status="broken", detail="not installed", remedy=remedy)
     except IMPORT_FAULTS as error:
         detail = f"{version}, but importing it fails: {type(error).__name__}: {_one_line(error)}"
-        return Check(group="packages", name=name, status="broken", detail=detail, remedy=f"pip install --force-reinstall --no-deps {name}=={version}")
+        return Check(
+            group="packages", name=name, status="broken", detail=detail, remedy=f"pip install --force-reinstall --no-deps {name}=={version}"
+        )
     if least and _numbers(version) < _numbers(least[1]):
         return Check(group="packages", name=name, status="broken", detail=f"{version}, but {least[1]} or newer is needed", remedy=remedy)
     return Check(group="packages", name=name, status="ok", detail=version)
@@ -119,14 +125,23 @@ def _package(requirement: str) -> Check:
 
 def _devices() -> Iterator[Check]:
     threads = torch.get_num_threads()
-    yield Check(group="devices", name="cpu", status="ok", detail=f"{threads} thread{'s' if threads > 1 else ''}, {torch.backends.cpu.get_cpu_capability()}")
+    yield Check(
+        group="devices",
+        name="cpu",
+        status="ok",
+        detail=f"{threads} thread{'s' if threads > 1 else ''}, {torch.backends.cpu.get_cpu_capability()}",
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             detail = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
             yield Check(group="devices", name=f"cuda:{index}", status="ok", detail=detail)
     else:
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device (nvidia-smi shows whether the driver does)"
+        why = (
+            "this torch is built without CUDA"
+            if torch.version.cuda is None
+            else "torch sees no CUDA device (nvidia-smi shows whether the driver does)"
+        )
         yield Check(group="devices", name="cuda", status="note", detail=f"none: {why}; everything runs on the CPU")
 
 
@@ -182,17 +197,25 @@ def _layer(device: torch.device) -> Check:
             reference = _values(layer, x)
     except (tn.TnError, RuntimeError) as error:
         remedy = "report it with this output; until then `with tn.backend('einsum'):` may work"
-        return Check(group="layers", name=f"btt on {device.type}", status="broken", detail=f"{type(error).__name__}: {_one_line(error)}", remedy=remedy)
+        return Check(
+            group="layers",
+            name=f"btt on {device.type}",
+            status="broken",
+            detail=f"{type(error).__name__}: {_one_line(error)}",
+            remedy=remedy,
+        )
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(planned, reference, strict=True)]
     worst = max(range(len(errors)), key=errors.__getitem__)
     detail = f"forward and {len(errors) - 1} gradients in float64, planned against einsum: largest relative error {errors[worst]:.0e}"
-    right = errors[worst] <= TOLERANCE                       # False for NaN too
+    right = errors[worst] <= TOLERANCE  # False for NaN too
     return Check(
         group="layers",
         name=f"btt on {device.type}",
         status="ok" if right else "broken",
         detail=f"{detail} ({time.perf_counter() - begun:.1f} s)" if right else f"{detail}, in the {names[worst]}",
-        remedy="" if right else "wrong numbers: do not trust this installation; reinstall torch with constraints.txt, then report it with this output",
+        remedy=""
+        if right
+        else "wrong numbers: do not trust this installation; reinstall torch with constraints.txt, then report it with this output",
     )
 
 

@@ -98,9 +98,15 @@ class Writer:
     def leaf(self, term: Term, axes: Axes) -> Value:
         """An operand as a buffer with one axis or run of axes a dimension: groups split, diagonals read, unneeded axes summed."""
         simple = len(set(term.axes)) == len(term.axes) == len(axes)
+        if simple and ROWS not in term.axes:
+            return Value(term.name, term.axes, term.dims)
+        if simple and len(term.dims) <= 2:  # one matrix of rows, without a view where it is one already
+            flat = self.fresh()
+            rest = f", {self.extent(term.dims[1])}" if term.dims[1:] else ","
+            self.add(f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape(({self.rows}{rest}))")
+            return Value(flat, term.axes, term.dims)
         if simple:
-            dims = tuple(dim for dim in term.dims) if ROWS not in term.axes else None
-            return Value(term.name, term.axes, dims)
+            return Value(term.name, term.axes, None)
         name, order = term.name, list(term.axes)
         split = self.fresh()
         self.add(f"{split} = {name}.reshape({self.shape([(axis,) for axis in order])})")
@@ -245,7 +251,11 @@ class Writer:
         elif ROWS not in term.axes and value.dims == term.dims:
             return text
         shape = tuple_of([self.extent(dim) for dim in dims])
-        return f"{text}.reshape({'lead + ' if ROWS in term.axes else ''}{shape})"
+        if ROWS not in term.axes:
+            return f"{text}.reshape({shape})"
+        if value.order == term.axes and value.dims == term.dims:
+            return f"({text} if len(lead) == 1 else {text}.reshape(lead + {shape}))"
+        return f"{text}.reshape(lead + {shape})"
 
 
 def _place(order: Axes, group: Axes, sizes: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ from tn import tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
 from tn.plan import DEFAULT_ROWS, Plan, plan
-from tn.program import EinsumProgram, Program
+from tn.program import EinsumProgram, Program, autocast
 from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum")
@@ -160,7 +160,7 @@ class Contraction(nn.Module):
             raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
         given, parameters = iter(inputs), self._parameters
         operands = [next(given) if core is None else parameters[core] for core in self._slots]
-        return _autocast(operands) if torch._C._is_any_autocast_enabled() else operands
+        return autocast(operands) if torch._C._is_any_autocast_enabled() else operands
 
     def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
@@ -186,12 +186,3 @@ class Contraction(nn.Module):
     def __repr__(self) -> str:
         options = f", bias={self.bias is not None}" + (", zero_init=True" if self.zero_init else "")
         return f"Contraction({str(self.network.spec)!r}, sizes={dict(self.network.known)}, cores={self.network.cores}{options})"
-
-
-def _autocast(operands: list[Tensor]) -> list[Tensor]:
-    """Operands in the dtype that autocast asks for on their device; float64 and integers stay, as in `nn.Linear`."""
-    kind = operands[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return operands
-    dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]

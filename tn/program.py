@@ -53,8 +53,11 @@ class Program:
     def __call__(self, *operands: Tensor) -> Tensor:
         if _transforming():
             return self._plain(*operands)
+        if torch._C._is_any_autocast_enabled():
+            operands = autocast(operands)
         if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
-            return self(*(operand.float() for operand in operands)).half()
+            with torch.autocast("cpu", enabled=False):
+                return self(*(operand.float() for operand in operands)).half()
         if self._fast is None or not _fits_fast(operands):
             return self._plain(*operands)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
@@ -96,6 +99,15 @@ class _Owned(torch.autograd.Function):
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
         found = iter(torch.autograd.grad(program._plain(*aliases), wanted, gradient, create_graph=True))
         return None, *(next(found) if need else None for need in needs)
+
+
+def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Operands in the dtype that autocast asks for on their device; float64 and integers stay, as in `nn.Linear`."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
 
 
 def _transforming() -> bool:

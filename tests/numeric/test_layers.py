@@ -227,3 +227,17 @@ def test_einsum_backend_runs_the_same_layer(case):
     with pytest.raises(tn.OperatorError, match="unknown backend 'einsun': did you mean 'einsum'"):
         with tn.backend("einsun"):
             pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_programs_and_calls_follow_autocast(dtype):
+    x, a, c = torch.randn(9, 12), torch.randn(3, 4, 2, 5, requires_grad=True), torch.randn(5, 3, 2, 4, requires_grad=True)
+    spec = "x: ... (i j), a: i j r k, c: k i r l -> ... (k l)"
+    program = tn.compile(tn.network(spec, dict(i=3, j=4, r=2, k=5, l=4)))
+    want = tn.contract(spec, x, a, c)
+    for f in (program, lambda *t: tn.contract(spec, *t)):
+        with torch.autocast("cpu", dtype=dtype):
+            got = f(x, a, c)
+        assert got.dtype is dtype and torch.allclose(got.float(), want, rtol=0.1, atol=0.3)
+        got.float().sum().backward()
+        assert a.grad.dtype is torch.float32

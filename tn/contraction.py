@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ class Contraction(nn.Module):
             core = getattr(self, fan.core)
             if self.zero_init and fan.core == self.network.cores[-1]:
                 nn.init.zeros_(core)
-            elif core.numel():
+            elif core.numel() and not core.is_meta:  # on meta there is nothing to draw, and drawing imports the compiler
                 nn.init.normal_(core, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -131,7 +132,9 @@ class Contraction(nn.Module):
         cores = [getattr(self, name) for name in self.network.cores]
         device = cores[0].device if cores else "cpu"
         dtype = cores[0].dtype if cores else torch.float32
-        return plan(self.network, grad=wanted, rows=(rows or DEFAULT_ROWS) if ROWS in self.network.axes else None, dtype=dtype, device=device)
+        return plan(
+            self.network, grad=wanted, rows=(rows or DEFAULT_ROWS) if ROWS in self.network.axes else None, dtype=dtype, device=device
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """inputs in spec order → the contraction, plus the bias."""
@@ -158,9 +161,10 @@ class Contraction(nn.Module):
         """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
         if len(inputs) != len(self._inputs):
             raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
-        given, parameters = iter(inputs), self._parameters
+        given = iter(inputs)
+        parameters: dict[str, Any] = self._parameters
         operands = [next(given) if core is None else parameters[core] for core in self._slots]
-        return autocast(operands) if torch._C._is_any_autocast_enabled() else operands
+        return list(autocast(operands)) if torch._C._is_any_autocast_enabled() else operands
 
     def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
@@ -173,7 +177,14 @@ class Contraction(nn.Module):
         kept = sum(math.prod(sizes[axis] for axis in used.orders[step.out]) for step in used.steps[:-1])
         added = result.numel() if self.bias is not None else 0
         tracing.record(
-            "contraction", str(self.network.spec), sizes=sizes, result=result, flops=used.flops_at(sizes), pointwise=added, parameters=count, kept=kept
+            "contraction",
+            str(self.network.spec),
+            sizes=sizes,
+            result=result,
+            flops=used.flops_at(sizes),
+            pointwise=added,
+            parameters=count,
+            kept=kept,
         )
 
     def __getstate__(self) -> dict:

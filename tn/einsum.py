@@ -1,22 +1,23 @@
 """One-call front ends: `contract` reads axis words, `einsum` reads letters."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tn.contraction import program
+from tn.contraction import BACKENDS, program
 from tn.errors import OperatorError, SizeError, SpecError, unknown
 from tn.network import Network, network
 from tn.plan import plan
 from tn.program import EinsumProgram, Program
 from tn.spec import ROWS
 
-_BACKENDS = ("planned", "einsum")
+Operand = Tensor | np.ndarray | np.generic
 
 
-def contract(spec: str, *operands, backend: str = "planned"):
+def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand:
     """Contract tensors once; plans are cached by spec and sizes.
 
     Args:
@@ -33,8 +34,8 @@ def contract(spec: str, *operands, backend: str = "planned"):
     >>> contract("... (i j), i j r, i r o -> ... o", torch.ones(2, 6), torch.ones(2, 3, 4), torch.ones(2, 4, 5)).shape
     torch.Size([2, 5])
     """
-    if backend not in _BACKENDS:
-        raise OperatorError(unknown("backend", backend, _BACKENDS))
+    if backend not in BACKENDS:
+        raise OperatorError(unknown("backend", backend, BACKENDS))
     tensors, numpy = _tensors(operands)
     net = _network(spec)
     sizes = net.bind([t.shape for t in tensors])
@@ -51,7 +52,9 @@ def _network(spec: str) -> Network:
 
 
 @functools.lru_cache(maxsize=4096)
-def _program(net: Network, sizes: tuple[tuple[str, int], ...], grads: tuple[str, ...], dtype: torch.dtype, device: torch.device, backend: str) -> Program | EinsumProgram:
+def _program(
+    net: Network, sizes: tuple[tuple[str, int], ...], grads: tuple[str, ...], dtype: torch.dtype, device: torch.device, backend: str
+) -> Program | EinsumProgram:
     fixed = network(net.spec, {axis: size for axis, size in sizes if axis != ROWS})
     return program(plan(fixed, grad=grads, rows=dict(sizes).get(ROWS), dtype=dtype, device=device), backend)
 
@@ -66,11 +69,13 @@ def _tensors(operands: tuple) -> tuple[list[Tensor], bool]:
             raise OperatorError(f"operand {i} is a {type(operand).__name__}, expected a torch.Tensor (or numpy arrays throughout)")
     kinds = {(operand.dtype, operand.device) for operand in operands}
     if len(kinds) > 1:
-        raise OperatorError(f"operands have different dtypes or devices: {', '.join(f'{dtype} on {device}' for dtype, device in sorted(kinds, key=str))}")
+        raise OperatorError(
+            f"operands have different dtypes or devices: {', '.join(f'{dtype} on {device}' for dtype, device in sorted(kinds, key=str))}"
+        )
     return list(operands), False
 
 
-def einsum(equation: str, *operands, optimize=None):
+def einsum(equation: str, *operands: Operand, optimize: bool | str | None = None) -> Operand:
     """Einstein summation with letters, as torch.einsum: "ij,jk->ik", implicit output, ellipsis, repeated letters, size-1 broadcasting.
 
     Args:
@@ -94,6 +99,7 @@ def einsum(equation: str, *operands, optimize=None):
     tensors = [t.squeeze(tuple(dims)) if dims else t for t, dims in zip(tensors, squeezed, strict=True)]
     spec = ", ".join(f"t{i}: {' '.join(axes)}" for i, axes in enumerate(inputs)) + f" -> {' '.join(axis for axis in output if axis)}"
     missing = [i for i, axis in enumerate(output) if axis is None]
+    result: Any
     if optimize is False:
         net = network(spec)
         result = program(plan(net, search="left_to_right", sizes=net.bind([t.shape for t in tensors])), "planned")(*tensors)

@@ -8,6 +8,7 @@ symmetric in A, B and C, so a copy-free forward step is copy-free backward.
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,9 +79,10 @@ def _pair(left: Axes, right: Axes, out: Axes, known: tuple[tuple[str, int], ...]
         return _multiply(left, right, out, sizes, machine)
     sources = ((left, right, out), (left, out), (right, out), (left, right))
     choices = [
-        dict.fromkeys(tuple(axis for axis in source if axis in group) for source in orders) for group, orders in zip(groups, sources, strict=True)
+        dict.fromkeys(tuple(axis for axis in source if axis in group) for source in orders)
+        for group, orders in zip(groups, sources, strict=True)
     ]
-    found = [_product(left, right, out, *orders, sizes, machine) for orders in itertools.product(*choices)]
+    found = [_product(left, right, out, h, m, n, k, sizes, machine) for h, m, n, k in itertools.product(*choices)]
     return min(found, key=lambda p: (p.seconds, p.copied))
 
 
@@ -111,7 +113,9 @@ def _product(
     seconds += 2 * copied / machine.permute + machine.launch * (copy_left + copy_right + (placed == "copy"))
     if placed == "strided":
         seconds += h * machine.item
-    return Pairing(kind, batch, rows, columns, summed, swap, placed, copy_left, copy_right, flops, sum(volumes) + 2 * copied, copied, seconds)
+    return Pairing(
+        kind, batch, rows, columns, summed, swap, placed, copy_left, copy_right, flops, sum(volumes) + 2 * copied, copied, seconds
+    )
 
 
 def _viewable(order: Axes, groups: tuple[Axes, Axes, Axes], sizes: Mapping[str, int]) -> bool:
@@ -147,7 +151,7 @@ def choose(
     needs = list(grads)
     table: list[dict[Axes, tuple[float, Axes, Axes]]] = [{tuple(t): (0.0, (), ())} for t in inputs]
     axes = [*map(tuple, inputs), *(out for _, _, out in steps)]
-    for number, (left, right, out) in enumerate(steps):
+    for number, (left, right, _out) in enumerate(steps):
         value = count + number
         orders = [tuple(output)] if value not in parent else _orders(value, steps, parent, axes, count, output)
         needs.append(needs[left] or needs[right])
@@ -166,14 +170,14 @@ def _best(
     lefts: dict, rights: dict, order: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine
 ) -> tuple[float, Axes, Axes]:
     """The cheapest orders of both operands for one order of the result."""
-    found = None
+    found: tuple[float, Axes, Axes] = (math.inf, (), ())
     for (left, (left_cost, *_)), (right, (right_cost, *_)) in itertools.product(lefts.items(), rights.items()):
         seconds = left_cost + right_cost + pair(left, right, order, sizes, machine).seconds
         if left_needs:
             seconds += pair(order, right, left, sizes, machine).seconds
         if right_needs:
             seconds += pair(left, order, right, sizes, machine).seconds
-        if found is None or seconds < found[0]:
+        if seconds < found[0]:
             found = (seconds, left, right)
     return found
 

@@ -86,7 +86,9 @@ class Embedding(nn.Module):
     Shapes: integers (...) → (..., width). The parameter is `weight` (count, width).
     """
 
-    def __init__(self, count: int, width: int, *, std: float = 0.02, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, count: int, width: int, *, std: float = 0.02, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.std = std
         self.weight = nn.Parameter(torch.empty(count, width, device=device, dtype=dtype))
@@ -94,7 +96,8 @@ class Embedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the table anew."""
-        nn.init.normal_(self.weight, std=self.std)
+        if not self.weight.is_meta:  # there is nothing to draw, and drawing imports the compiler
+            nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Vectors of the given rows."""

@@ -47,10 +47,20 @@ class Machine:
 # Two cores of an AVX-512 server CPU, torch 2.13, MKL, fp32: large products 190 GFLOP/s, a product whose inner extent is 32 about
 # half of that, contiguous copies 30 GB/s and permuting ones 8 GB/s (measured with two threads, medians).
 GENERIC_CPU = Machine(
-    name="generic-cpu", peak=1.9e11, small=24, copy=3.0e10, permute=8.0e9, launch=4e-6, item=2e-6, cache=4 << 20, source="2 cores AVX-512, torch 2.13, fp32"
+    name="generic-cpu",
+    peak=1.9e11,
+    small=24,
+    copy=3.0e10,
+    permute=8.0e9,
+    launch=4e-6,
+    item=2e-6,
+    cache=4 << 20,
+    source="2 cores AVX-512, torch 2.13, fp32",
 )
 # Not measured by this project yet: the vendor's figures, reduced to what large products commonly reach.
-H200 = Machine(name="h200", peak=5e13, small=64, copy=4.0e12, permute=2.0e12, launch=5e-6, item=5e-6, cache=0, source="vendor figures, not measured")
+H200 = Machine(
+    name="h200", peak=5e13, small=64, copy=4.0e12, permute=2.0e12, launch=5e-6, item=5e-6, cache=0, source="vendor figures, not measured"
+)
 
 
 def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:

@@ -113,7 +113,9 @@ class Network:
                 lead = head
                 sizes[ROWS] = math.prod(head)
             if len(shape) != len(dims):
-                raise SizeError(f"tensor {term.name!r} has shape {given[term.name]}, expected {len(term.dims)} dimensions: {term.pattern or 'a scalar'}")
+                raise SizeError(
+                    f"tensor {term.name!r} has shape {given[term.name]}, expected {len(term.dims)} dimensions: {term.pattern or 'a scalar'}"
+                )
             pending += [(term.name, dim, size) for dim, size in zip(dims, shape, strict=True)]
         _solve(sizes, pending)
         return sizes
@@ -185,7 +187,10 @@ def _solve(sizes: dict[str, int], pending: list[tuple[str, tuple[str, ...], int]
                 stuck.append((name, dim, size))
         if len(stuck) == len(pending):
             name, dim, size = stuck[0]
-            raise SizeError(f"tensor {name!r}: dimension ({' '.join(dim)}) of size {size} does not say how it splits; give sizes for all but one of its axes")
+            raise SizeError(
+                f"tensor {name!r}: dimension ({' '.join(dim)}) of size {size} does not say how it splits; "
+                "give sizes for all but one of its axes"
+            )
         pending = stuck
 
 
@@ -197,9 +202,7 @@ def _mismatch(name: str, dim: tuple[str, ...], size: int, sizes: Mapping[str, in
     return f"tensor {name!r}: {what} has size {size}, expected {expected}"
 
 
-def network(
-    spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: Iterable[str] = (), consts: Iterable[str] = ()
-) -> Network:
+def network(spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: Iterable[str] = (), consts: Iterable[str] = ()) -> Network:
     """Check a spec and give its tensors roles and its axes sizes.
 
     Args:

@@ -134,7 +134,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float
         SizeError: shapes that do not belong together, or more queries than keys under a causal mask.
     """
     if q.dim() < 2 or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
-        raise SizeError(f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (..., queries, d), (..., keys, d), (..., keys, e)")
+        raise SizeError(
+            f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+            "expected (..., queries, d), (..., keys, d), (..., keys, e)"
+        )
     queries, keys = q.shape[-2], k.shape[-2]
     if queries > keys and mask.causal:
         raise SizeError(f"{queries} queries see {keys} keys: a causal mask needs at least as many keys as queries")

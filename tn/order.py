@@ -6,6 +6,7 @@ A tree is a sequence of pairs in SSA form: operands are numbered first, every pa
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tn.cost import step_flops, volume
 from tn.errors import PlanError, unknown
@@ -20,7 +21,15 @@ _HYPER = 10  # operands above which cotengra's dynamic programming gives way to 
 
 
 def search(
-    inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], *, grads: Sequence[bool], machine: Machine, method: str = "auto", keep: int = 8, seed: int = 0
+    inputs: Sequence[Axes],
+    output: Axes,
+    sizes: Mapping[str, int],
+    *,
+    grads: Sequence[bool],
+    machine: Machine,
+    method: str = "auto",
+    keep: int = 8,
+    seed: int = 0,
 ) -> list[Path]:
     """The most promising trees, ranked by a layout-free lower bound of their time.
 
@@ -60,7 +69,9 @@ def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple
         yield left, right, out
 
 
-def lower_bound(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine) -> float:
+def lower_bound(
+    path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine
+) -> float:
     """Seconds no layout can go below: each step at the peak rate or the copy bandwidth, weighted by the gradients it carries."""
     axes, needs, total = list(inputs), list(grads), 0.0
     for left, right, out in steps_of(path, inputs, output):
@@ -72,7 +83,7 @@ def lower_bound(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping
     return total
 
 
-def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]):
+def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> Any:
     """The path as a `cotengra.ContractionTree`."""
     import cotengra  # late: keeps `import tn` light
 

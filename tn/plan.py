@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ class Plan:
         return tuple(needs)
 
     @property
-    def tree(self):
+    def tree(self) -> Any:
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
 
@@ -102,7 +103,11 @@ class Plan:
 
         With tiles, the backward pass makes the intermediates again instead of keeping them."""
         inner = [self.orders[step.out] for step in self.steps[:-1] if ROWS in self.orders[step.out]]
-        if not inner or not self.machine.cache or any(step.pairing.kind not in ("mm", "bmm") for step in (*self.steps, *self.backward_steps)):
+        if (
+            not inner
+            or not self.machine.cache
+            or any(step.pairing.kind not in ("mm", "bmm") for step in (*self.steps, *self.backward_steps))
+        ):
             return None
         row = 4 * sum(volume([axis for axis in order if axis != ROWS], self.size) for order in inner)
         return max(_LEAST_TILE, 1 << max(self.machine.cache // max(row, 1), 1).bit_length() - 1)
@@ -166,7 +171,9 @@ class Plan:
             raise PlanError(f"plan format {value.get('format')!r}, this version reads {FORMAT}")
         table = table or machine()
         if value["machine_digest"] != table.digest:
-            raise PlanError(f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})")
+            raise PlanError(
+                f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})"
+            )
         sizes = tuple((axis, size) for axis, size in value["sizes"])
         path = tuple((left, right) for left, right in value["path"])
         orders = tuple(map(tuple, value["orders"]))
@@ -226,11 +233,15 @@ def plan(
             raise SizeError(unknown("axis", axis, network.axes))
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
-    return _plan(network, tuple(size.items()), tuple(n for n in network.names if n in set(grad)), goal, search, table or machine(device, dtype), seed)
+    return _plan(
+        network, tuple(size.items()), tuple(n for n in network.names if n in set(grad)), goal, search, table or machine(device, dtype), seed
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int) -> Plan:
+def _plan(
+    network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
+) -> Plan:
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, grads=needs, machine=table, method=search, seed=seed)
@@ -246,7 +257,10 @@ def _plan(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str,
 def _table(plan: Plan) -> str:
     names = [term.name for term in plan.network.spec.operands] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
     dynamic = ", ".join(f"{axis}={plan.size[axis]}" for axis in plan.network.dynamic)
-    lines = [f"plan of {plan.network.spec}", f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}"]
+    lines = [
+        f"plan of {plan.network.spec}",
+        f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}",
+    ]
     lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
     for step in plan.steps:
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
@@ -256,7 +270,8 @@ def _table(plan: Plan) -> str:
         lines.append(_row(title, step.pairing, plan.orders[step.out]))
     if plan.tile is not None:
         lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
-    lines.append(f"  forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
+    work = f"forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
+    lines.append(f"  {work}, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
     return "\n".join(lines)
 
 

@@ -8,9 +8,8 @@ it runs whenever one of them is at work.
 import builtins
 import functools
 import linecache
-import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from tn import tiles
 from tn.errors import OperatorError, PlanError, SizeError
 from tn.layout import pair
 from tn.network import Network
-from tn.order import Axes
 from tn.plan import Plan, plan
 from tn.writer import Value, Writer, tuple_of
 
@@ -36,7 +34,8 @@ class Program:
         self.plan = plan
         self.names = plan.network.names
         self._plain, self.plain_source = _load(plan, "plain", _plain_source(plan))
-        self._fast, self._backwards = None, {}
+        self._fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
+        self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
         if _worth_owning(plan):
             self._fast, self.fast_source = _load(plan, "fast", _fast_source(plan))
 
@@ -54,7 +53,7 @@ class Program:
         if _transforming():
             return self._plain(*operands)
         if torch._C._is_any_autocast_enabled():
-            operands = autocast(operands)
+            operands = tuple(autocast(operands))
         if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
             with torch.autocast("cpu", enabled=False):
                 return self(*(operand.float() for operand in operands)).half()
@@ -84,6 +83,7 @@ class _Owned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, program: Program, *operands: Tensor) -> Tensor:
+        assert program._fast is not None
         result, *saved = program._fast(*operands)
         ctx.program = program
         ctx.save_for_backward(*operands, *saved)
@@ -127,7 +127,9 @@ def _worth_owning(plan: Plan) -> bool:
     """Chains of plain matrix products gain nothing from a backward of our own; batched ones lose their copies.
 
     Diagonals, sums of a single operand and elementwise products keep the tape."""
-    simple = all(len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True))
+    simple = all(
+        len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True)
+    )
     kinds = {step.pairing.kind for step in (*plan.steps, *plan.backward_steps)}
     return simple and "bmm" in kinds and kinds <= {"mm", "bmm"}
 

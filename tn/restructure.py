@@ -46,7 +46,12 @@ class Report:
 
 
 def restructure(
-    model: nn.Module, *, structure: str, layers: str | Callable[[str, nn.Module], bool] = "all_but_last", rank: int | None = None, init: str = "scratch"
+    model: nn.Module,
+    *,
+    structure: str,
+    layers: str | Callable[[str, nn.Module], bool] = "all_but_last",
+    rank: int | None = None,
+    init: str = "scratch",
 ) -> Report:
     """Replace linear layers in place by structured ones of the same sizes. All or nothing.
 
@@ -65,7 +70,9 @@ def restructure(
     """
     structures.get(structure)
     if init != "scratch":
-        raise StructureError(f"init={init!r} is not available yet, only 'scratch': projecting trained weights onto a structure is still to come")
+        raise StructureError(
+            f"init={init!r} is not available yet, only 'scratch': projecting trained weights onto a structure is still to come"
+        )
     chosen = _select(model, layers)
     built = {}
     for path, layer in chosen.items():
@@ -95,7 +102,7 @@ def densify(model: nn.Module) -> Report:
 
 
 def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
-    linear = {path: m for path, m in model.named_modules() if path and isinstance(m, nn.Linear | StructuredLinear)}
+    linear: dict[str, nn.Module] = {path: m for path, m in model.named_modules() if path and isinstance(m, nn.Linear | StructuredLinear)}
     roles = {path: getattr(m, "tn_role", None) for path, m in linear.items()}
     if linear and not any(roles.values()):
         roles[list(linear)[-1]] = "head"  # without roles the last linear layer is the head
@@ -119,7 +126,7 @@ def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) ->
     return chosen
 
 
-def _swap(model: nn.Module, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> Report:
+def _swap(model: nn.Module, old: dict[str, nn.Module], new: dict[str, StructuredLinear]) -> Report:
     changes = []
     for path, layer in new.items():
         parent, _, name = path.rpartition(".")

@@ -19,7 +19,9 @@ def multipliers(layer: Contraction) -> dict[str, float]:
     """
     network = layer.network
     kept = set(network.output.axes)
-    d_in = math.prod(network.sizes[axis] for name in network.inputs for axis in network.term(name).axes if axis not in kept and axis in network.sizes)
+    d_in = math.prod(
+        network.sizes[axis] for name in network.inputs for axis in network.term(name).axes if axis not in kept and axis in network.sizes
+    )
     fans = network.fans()
     return {fan.core: d_in / max(fan.d_in, 1) / len(fans) for fan in fans}
 
@@ -30,8 +32,8 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, base
     Args:
         model: any module. A core of a Contraction gets `multipliers` times the width ratio, another matrix the width ratio,
             everything else 1.
-        lr: the rate of a vector, and of a dense matrix at the base width. weight_decay: of matrices and cores; never of parameters of fewer than
-            two dimensions, norms or embeddings.
+        lr: the rate of a vector, and of a dense matrix at the base width.
+        weight_decay: of matrices and cores; never of parameters of fewer than two dimensions, norms or embeddings.
         base: the width at which `lr` was found: None makes every width ratio 1, an integer is compared with the model's own
             `width` attribute, a model with the same parameter paths is compared layer by layer.
 
@@ -46,7 +48,9 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, base
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter, multiplier, decays in _settings(model, _Ratio(model, base)):
         decay = weight_decay if decays and parameter.dim() >= 2 else 0.0
-        group = groups.setdefault((multiplier, decay), {"params": [], "names": [], "lr": lr * multiplier, "multiplier": multiplier, "weight_decay": decay})
+        group = groups.setdefault(
+            (multiplier, decay), {"params": [], "names": [], "lr": lr * multiplier, "multiplier": multiplier, "weight_decay": decay}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -81,7 +85,9 @@ class _Ratio:
         if isinstance(base, int):
             width = getattr(model, "width", None)
             if not isinstance(width, int) or width < 1 or base < 1:
-                raise SizeError(f"base={base} is compared with model.width, which is {width!r}; give a base model of the same shape instead")
+                raise SizeError(
+                    f"base={base} is compared with model.width, which is {width!r}; give a base model of the same shape instead"
+                )
             self.constant = base / width
 
     def of_layer(self, path: str, layer: Contraction) -> float:
@@ -101,8 +107,9 @@ class _Ratio:
 
 
 def _input_size(layer: nn.Module, path: str) -> int:
-    if isinstance(getattr(layer, "in_features", None), int):
-        return layer.in_features
+    features = getattr(layer, "in_features", None)
+    if isinstance(features, int):
+        return features
     if isinstance(layer, Contraction):
         network = layer.network
         return math.prod(network.sizes.get(axis, 1) for name in network.inputs for axis in network.term(name).axes)

@@ -108,7 +108,9 @@ def _term(part: str, text: str, default: str) -> Term:
             if group is None:
                 dims.append(())
         else:
-            raise SpecError(f"spec {text!r}: cannot read {token!r} in {part.strip()!r}; expected axis words, '1', '...' or '( )' around words")
+            raise SpecError(
+                f"spec {text!r}: cannot read {token!r} in {part.strip()!r}; expected axis words, '1', '...' or '( )' around words"
+            )
     if group is not None:
         raise SpecError(f"spec {text!r}: '(' without ')' in {part.strip()!r}")
     return Term(name or default, tuple(dims))
@@ -120,14 +122,18 @@ def _check(spec: Spec, text: str) -> None:
     for term in spec.operands:
         first = patterns.setdefault(term.name, term)
         if len(first.dims) != len(term.dims):
-            raise SpecError(f"spec {text!r}: tensor {term.name!r} has {len(first.dims)} dimensions in one place and {len(term.dims)} in another")
+            raise SpecError(
+                f"spec {text!r}: tensor {term.name!r} has {len(first.dims)} dimensions in one place and {len(term.dims)} in another"
+            )
     names = [term.name for term in spec.outputs]
     if len(set(names)) < len(names) or (len(names) > 1 and set(names) & set(patterns)):
         raise SpecError(f"spec {text!r}: output names {names} must differ from each other and from the operands")
     for term in spec.outputs:
         missing = [axis for axis in term.axes if axis not in known]
         if missing and _looks_like_letters(spec):
-            raise SpecError(f"spec {text!r} looks like single-letter einsum; specs here use axis words separated by spaces: call tn.einsum for letters")
+            raise SpecError(
+                f"spec {text!r} looks like single-letter einsum; specs here use axis words separated by spaces: call tn.einsum for letters"
+            )
         if missing:
             raise SpecError(f"spec {text!r}: output axis {missing[0]!r} is on no operand; axes are {sorted(known)}")
         repeated = [axis for axis in term.axes if term.axes.count(axis) > 1]

@@ -1,19 +1,23 @@
 """For the tests of this library and of code built on it: one comparison with an error bound, and a strategy of random networks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tn.network import Network
+from tn.network import Network, network
 
 _SLACK = 4.0
 
 
-def assert_close(got: Tensor, want: Tensor, *, bound: Tensor | None = None, roundings: int = 1, dtype: torch.dtype | None = None, name: str = "result") -> None:
+def assert_close(
+    got: Tensor, want: Tensor, *, bound: Tensor | None = None, roundings: int = 1, dtype: torch.dtype | None = None, name: str = "result"
+) -> None:
     """Compare a computed tensor with a float64 (or exact) one; shape and finiteness are checked first.
 
     Args:
         got: what was computed. want: the reference, same shape.
-        bound: the same computation on absolute values, so that the error of one rounding is at most `bound × unit round-off`; |want| if None.
+        bound: the same computation on absolute values, so that one rounding errs by at most bound × unit round-off; |want| if None.
         roundings: length of the longest chain of roundings in the computation.
         dtype: precision of the computation; got's by default.
 
@@ -70,7 +74,7 @@ def _product(sizes: dict[str, int], dim: tuple[str, ...]) -> int:
     return result
 
 
-def networks(*, operands: int = 4, axes: int = 5, size: int = 3):
+def networks(*, operands: int = 4, axes: int = 5, size: int = 3) -> Any:
     """A hypothesis strategy of (network, shapes): random networks with hyperaxes, diagonals, repeated tensors, size-one axes and scalars.
 
     Args:
@@ -80,8 +84,6 @@ def networks(*, operands: int = 4, axes: int = 5, size: int = 3):
         A strategy of (Network without known sizes, {name: shape}).
     """
     from hypothesis import strategies as st  # late: hypothesis belongs to the tests
-
-    from tn.network import network
 
     words = ["a1", "bee", "c", "dim", "e", "f0", "gg"][:axes]
 

@@ -1,7 +1,7 @@
 """Programs that work on a tile of rows at a time: intermediates live in buffers local to the call, small enough for the cache.
 
-The forward form keeps nothing for the gradient; the backward form makes the intermediates of a tile again, and adds the tile's share to the gradients
-of tensors that have no rows. Steps between such tensors run once, outside the loop.
+The forward form keeps nothing for the gradient; the backward form makes the intermediates of a tile again, and adds the tile's share
+to the gradients of tensors that have no rows. Steps between such tensors run once, outside the loop.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,8 @@ class Trace:
     def __str__(self) -> str:
         lines = [f"{'where':<34}{'kind':<13}{'MFLOP':>10}{'pointwise':>11}{'params':>12}{'MB':>9}  what"]
         for n in self.nodes:
-            lines.append(f"{n.path:<34}{n.kind:<13}{n.flops / 1e6:>10.3f}{n.pointwise / 1e6:>11.3f}{n.parameters:>12,}{n.bytes / 1e6:>9.2f}  {n.what}")
+            counts = f"{n.flops / 1e6:>10.3f}{n.pointwise / 1e6:>11.3f}{n.parameters:>12,}{n.bytes / 1e6:>9.2f}"
+            lines.append(f"{n.path:<34}{n.kind:<13}{counts}  {n.what}")
         lines.append(f"{'total':<47}{self.flops / 1e6:>10.3f}{self.pointwise / 1e6:>11.3f}{'':>12}{self.bytes / 1e6:>9.2f}")
         return "\n".join(lines)
 
@@ -70,7 +71,17 @@ def recording() -> bool:
     return _active is not None
 
 
-def record(kind: str, what: str, *, sizes: Mapping[str, int], result: Tensor, flops: int = 0, pointwise: int = 0, parameters: int = 0, kept: int = 0) -> None:
+def record(
+    kind: str,
+    what: str,
+    *,
+    sizes: Mapping[str, int],
+    result: Tensor,
+    flops: int = 0,
+    pointwise: int = 0,
+    parameters: int = 0,
+    kept: int = 0,
+) -> None:
     """Add a node to the trace being taken; `kept` counts the elements saved besides the result."""
     if _active is None:
         raise RuntimeError("no trace is being taken; ask recording() first")

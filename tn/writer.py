@@ -172,7 +172,7 @@ class Writer:
 
     def write_buffer(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, buffer: str) -> Value:
         """Write one matrix product into the head of a flat buffer."""
-        memory = tuple((axis,) for axis in order)
+        memory: tuple[Axes, ...] = tuple((axis,) for axis in order)
         if p.out != "copy":
             memory = self._memory(order, self._matrices(left, right, p)[3])
         self.add(f"{name} = {buffer}[: {self.extent(order)}].view({tuple_of([self.extent(group) for group in memory])})")
@@ -194,7 +194,7 @@ class Writer:
         """("mm" or "bmm", left matrix, right matrix, groups of the result's dimensions)."""
         first, second, outer, inner = (left, right, p.left, p.right) if not p.swap else (right, left, p.right, p.left)
         copies = (p.copy_left, p.copy_right) if not p.swap else (p.copy_right, p.copy_left)
-        batch = (p.batch,)
+        batch: tuple[Axes, ...] = (p.batch,)
         if p.kind == "mm":
             batch = ()
             if p.batch:  # batch axes of size one ride along with the rows
@@ -211,7 +211,7 @@ class Writer:
 
     def reorder(self, value: Value, order: Axes) -> Value:
         """The value with its axes permuted to an order; dimensions keep runs together where they can."""
-        dims = [axis for axis in order]
+        dims = list(order)
         text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in dims])
         self.add(f"{value.name} = {text}")
         return Value(value.name, order, tuple((axis,) for axis in order))

@@ -64,5 +64,5 @@ def linear(
         device=device,
         dtype=dtype,
     )
-    layer.tn_role = role  # type: ignore[assignment]  # an attribute that nn.Module does not declare
+    layer.tn_role = role
     return layer

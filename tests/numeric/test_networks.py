@@ -44,7 +44,7 @@ def _check(run, network, operands, dtype):
 def test_planned_program_equals_the_sum(dtype, case, seed, search):
     network, shapes = case
     event(f"{len(network.spec.operands)} operands")
-    plan = tn.plan(network, grad=network.names, sizes={axis: 2 for axis in network.dynamic}, search=search)
+    plan = tn.plan(network, grad=network.names, sizes=dict.fromkeys(network.dynamic, 2), search=search)
     _check(tn.compile(plan), network, _operands(shapes, seed), dtype)
 
 

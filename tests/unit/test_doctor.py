@@ -18,7 +18,7 @@ def test_healthy_installation():
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "tn", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begun < 60                      # 20 s on a quiet machine; the suite shares its cores
+    assert time.monotonic() - begun < 60  # 20 s on a quiet machine; the suite shares its cores
     for word in ("python", "torch", "cpu", "triton", "btt on cpu", "caches", "all required parts work"):
         assert word in done.stdout
 
@@ -52,7 +52,7 @@ def test_a_package_that_does_not_import_is_broken(monkeypatch):
 
 
 def test_other_platforms_packages_are_left_out(monkeypatch):
-    lines = ['numpy>=2.0; sys_platform == "win32"', 'ruff>=0.1; extra == "test"', 'torch>=2.11']
+    lines = ['numpy>=2.0; sys_platform == "win32"', 'ruff>=0.1; extra == "test"', "torch>=2.11"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     assert [check.name for check in doctor._packages()] == ["torch"]
 

@@ -19,7 +19,11 @@ def brute(mask: tn.Mask, queries: int, keys: int) -> torch.Tensor:
     return seen
 
 
-@pytest.mark.parametrize("mask", [tn.Mask(), tn.Mask(causal=False), tn.Mask(window=2), tn.Mask(window=1, sink=2), tn.Mask(window=0), tn.Mask(causal=False, window=1)], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [tn.Mask(), tn.Mask(causal=False), tn.Mask(window=2), tn.Mask(window=1, sink=2), tn.Mask(window=0), tn.Mask(causal=False, window=1)],
+    ids=str,
+)
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5)])
 def test_attention_is_a_masked_softmax(mask, queries, keys):
     assert torch.equal(mask.matrix(queries, keys), brute(mask, queries, keys))

@@ -84,14 +84,26 @@ def test_restructure_all_but_last_and_back():
 
 
 def test_restructure_by_glob_predicate_and_head():
-    for layers, paths in (("2", ["2"]), ("*", ["0", "2", "4"]), ("head", ["4"]), (lambda path, m: m.out_features == 16, ["0", "2"]), ("all", ["0", "2", "4"])):
+    for layers, paths in (
+        ("2", ["2"]),
+        ("*", ["0", "2", "4"]),
+        ("head", ["4"]),
+        (lambda path, m: m.out_features == 16, ["0", "2"]),
+        ("all", ["0", "2", "4"]),
+    ):
         assert [c.path for c in tn.restructure(mlp(), structure="low_rank", layers=layers).changes] == paths
 
 
 def test_restructure_is_all_or_nothing():
     model = mlp()
     before = [repr(m) for m in model]
-    for kwargs in (dict(structure="btt", rank=-1), dict(structure="btt", layers="nothing"), dict(structure="xyz"), dict(structure="btt", init="project"), dict(structure="btt", layers="x.*")):
+    for kwargs in (
+        dict(structure="btt", rank=-1),
+        dict(structure="btt", layers="nothing"),
+        dict(structure="xyz"),
+        dict(structure="btt", init="project"),
+        dict(structure="btt", layers="x.*"),
+    ):
         with pytest.raises(tn.StructureError):
             tn.restructure(model, **kwargs)
         assert [repr(m) for m in model] == before

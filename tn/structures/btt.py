@@ -28,8 +28,8 @@ def default_factors(d_in: int, d_out: int) -> tuple[tuple[int, int], tuple[int, 
     >>> default_factors(768, 3072)
     ((24, 32), (64, 48))
     """
-    j, i = even(d_in)
-    k, l = even(d_out)
+    _j, i = even(d_in)
+    k, _l = even(d_out)
     width, spread = i * k, (i, k)
 
     def parameters(i: int, k: int) -> int:

@@ -171,7 +171,10 @@ def make_folder(directory: Path) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; safetensors would let only the owner read
         write(part)
+        part.chmod(mode)
         _flush(part)
         part.replace(path)
         _flush(path.parent)

@@ -20,6 +20,8 @@ _ORDERS = 24  # orders of an intermediate that are tried
 _ORDERS_INNER = 8  # the same when both of its operands are intermediates: the search is cubic in it
 _BYTES = 4
 
+Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
+
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
@@ -73,49 +75,81 @@ def pair(left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], machine: 
 @functools.lru_cache(maxsize=1 << 16)
 def _pair(left: Axes, right: Axes, out: Axes, known: tuple[tuple[str, int], ...], machine: Machine) -> Pairing:
     sizes = dict(known)
-    a, b, c = set(left), set(right), set(out)
-    groups = (a & b & c, (a & c) - b, (b & c) - a, (a & b) - c)
+    groups = _groups(left, right, out)
     if all(sizes[axis] == 1 for axis in groups[3]):
         return _multiply(left, right, out, sizes, machine)
+    free = _free(*groups, left, right, out, sizes, machine)
     sources = ((left, right, out), (left, out), (right, out), (left, right))
     choices = [
         dict.fromkeys(tuple(axis for axis in source if axis in group) for source in orders)
         for group, orders in zip(groups, sources, strict=True)
     ]
-    found = [_product(left, right, out, h, m, n, k, sizes, machine) for h, m, n, k in itertools.product(*choices)]
+    found = [_product(left, right, out, h, m, n, k, sizes, machine, free) for h, m, n, k in itertools.product(*choices)]
     return min(found, key=lambda p: (p.seconds, p.copied))
+
+
+def _groups(left: Axes, right: Axes, out: Axes) -> tuple[set[str], set[str], set[str], set[str]]:
+    """Batch, left, right and contracted axes."""
+    a, b, c = set(left), set(right), set(out)
+    return a & b & c, (a & c) - b, (b & c) - a, (a & b) - c
+
+
+def _free(
+    batch: set[str],
+    rows: set[str],
+    columns: set[str],
+    summed: set[str],
+    left: Axes,
+    right: Axes,
+    out: Axes,
+    sizes: Mapping[str, int],
+    machine: Machine,
+) -> float:
+    """Seconds of a step that copies nothing: arithmetic at the rate of its shape, or memory traffic."""
+    moved = _BYTES * sum(volume(tensor, sizes) for tensor in (left, right, out))
+    if all(sizes[axis] == 1 for axis in summed):
+        return moved / machine.permute + machine.launch
+    h, m, n, k = (volume(group, sizes) for group in (batch, rows, columns, summed))
+    return max(machine.product(h, m, n, k), moved / machine.copy) + machine.launch
 
 
 def _multiply(left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], machine: Machine) -> Pairing:
     """Nothing is contracted: a broadcast product, written in the wanted order."""
+    groups = _groups(left, right, out)
+    batch, rows, columns = (tuple(axis for axis in out if axis in group) for group in groups[:3])
     moved = _BYTES * sum(volume(t, sizes) for t in (left, right, out))
-    a, b = set(left), set(right)
-    rows = tuple(axis for axis in out if axis not in b)
-    columns = tuple(axis for axis in out if axis not in a)
-    batch = tuple(axis for axis in out if axis in a and axis in b)
-    seconds = moved / machine.permute + machine.launch
-    return Pairing("multiply", batch, rows, columns, (), False, "native", False, False, step_flops(left, right, sizes), moved, 0, seconds)
+    seconds = _free(*groups, left, right, out, sizes, machine)
+    flops = step_flops(left, right, sizes)
+    return Pairing("multiply", batch, rows, columns, (), False, "native", False, False, flops, moved, 0, seconds)
 
 
 def _product(
-    left: Axes, right: Axes, out: Axes, batch: Axes, rows: Axes, columns: Axes, summed: Axes, sizes: Mapping[str, int], machine: Machine
+    left: Axes,
+    right: Axes,
+    out: Axes,
+    batch: Axes,
+    rows: Axes,
+    columns: Axes,
+    summed: Axes,
+    sizes: Mapping[str, int],
+    machine: Machine,
+    free: float,
 ) -> Pairing:
-    """The matrix product with these flattened groups, and what it has to copy."""
-    h, m, n, k = (volume(group, sizes) for group in (batch, rows, columns, summed))
+    """The matrix product with these flattened groups, and what it has to copy; `free` is its time without copies."""
+    h, m, n = (volume(group, sizes) for group in (batch, rows, columns))
     kind = "dot" if m == n == 1 else "mm" if h == 1 else "bmm"
     copy_left = not _viewable(left, (batch, rows, summed), sizes)
     copy_right = not _viewable(right, (batch, columns, summed), sizes)
     swap, placed = _placement(out, batch, rows, columns, sizes)
     flops = step_flops(left, right, sizes)
     volumes = [_BYTES * volume(tensor, sizes) for tensor in (left, right, out)]
-    copied = sum(size for size, copy in zip(volumes, (copy_left, copy_right, placed == "copy"), strict=True) if copy)
-    seconds = max(machine.product(h, m, n, k), sum(volumes) / machine.copy) + machine.launch
-    seconds += 2 * copied / machine.permute + machine.launch * (copy_left + copy_right + (placed == "copy"))
+    copies = (copy_left, copy_right, placed == "copy")
+    copied = sum(size for size, copy in zip(volumes, copies, strict=True) if copy)
+    seconds = free + 2 * copied / machine.permute + machine.launch * sum(copies)
     if placed == "strided":
         seconds += h * machine.item
-    return Pairing(
-        kind, batch, rows, columns, summed, swap, placed, copy_left, copy_right, flops, sum(volumes) + 2 * copied, copied, seconds
-    )
+    moved = sum(volumes) + 2 * copied
+    return Pairing(kind, batch, rows, columns, summed, swap, placed, copy_left, copy_right, flops, moved, copied, seconds)
 
 
 def _viewable(order: Axes, groups: tuple[Axes, Axes, Axes], sizes: Mapping[str, int]) -> bool:
@@ -149,7 +183,7 @@ def choose(
     count = len(inputs)
     parent = {operand: number for number, (left, right, _) in enumerate(steps) for operand in (left, right)}
     needs = list(grads)
-    table: list[dict[Axes, tuple[float, Axes, Axes]]] = [{tuple(t): (0.0, (), ())} for t in inputs]
+    table: list[Costs] = [{tuple(t): (0.0, (), ())} for t in inputs]
     axes = [*map(tuple, inputs), *(out for _, _, out in steps)]
     for number, (left, right, _out) in enumerate(steps):
         value = count + number
@@ -167,19 +201,38 @@ def choose(
 
 
 def _best(
-    lefts: dict, rights: dict, order: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine
+    lefts: Costs, rights: Costs, order: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine
 ) -> tuple[float, Axes, Axes]:
-    """The cheapest orders of both operands for one order of the result."""
+    """The cheapest orders of both operands for one order of the result. Pairs that could not win even without a copy are left out."""
     found: tuple[float, Axes, Axes] = (math.inf, (), ())
-    for (left, (left_cost, *_)), (right, (right_cost, *_)) in itertools.product(lefts.items(), rights.items()):
-        seconds = left_cost + right_cost + pair(left, right, order, sizes, machine).seconds
-        if left_needs:
-            seconds += pair(order, right, left, sizes, machine).seconds
-        if right_needs:
-            seconds += pair(left, order, right, sizes, machine).seconds
-        if seconds < found[0]:
-            found = (seconds, left, right)
+    floor = 0.0
+    for left, (left_cost, *_) in sorted(lefts.items(), key=_cost):
+        for right, (right_cost, *_) in sorted(rights.items(), key=_cost):
+            floor = floor or _ideal(left, right, order, left_needs, right_needs, sizes, machine)
+            if left_cost + right_cost + floor >= found[0]:
+                break
+            seconds = left_cost + right_cost + pair(left, right, order, sizes, machine).seconds
+            if left_needs:
+                seconds += pair(order, right, left, sizes, machine).seconds
+            if right_needs:
+                seconds += pair(left, order, right, sizes, machine).seconds
+            if seconds < found[0]:
+                found = (seconds, left, right)
     return found
+
+
+def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
+    return entry[1][0]
+
+
+def _ideal(left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine) -> float:
+    """Seconds of a step and its gradients if no layout were in the way."""
+    total = 0.0
+    needed = ((left, right, out, True), (out, right, left, left_needs), (left, out, right, right_needs))
+    for a, b, c, wanted in needed:
+        if wanted:
+            total += _free(*_groups(a, b, c), a, b, c, sizes, machine)
+    return total * (1 - 1e-9)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:

@@ -11,10 +11,11 @@ import torch
 from tn import order
 from tn.cost import contraction_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.layout import Pairing, choose, pair
+from tn.layout import bound, choose
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
+from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
 FORMAT = 1  # of the JSON
@@ -245,8 +246,10 @@ def _plan(
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, grads=needs, machine=table, method=search, seed=seed)
-    plans = []
-    for path in paths:
+    plans: list[Plan] = []
+    for least, path in sorted((bound(path, leaves, output, size, needs, table), path) for path in paths):
+        if goal == "time" and plans and least >= min(p.seconds for p in plans):
+            break
         _, orders = choose(path, leaves, output, size, needs, table)
         plans.append(Plan(network, sizes, grad, goal, search, path, orders, table))
     if goal == "flops":

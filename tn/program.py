@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from tn import tiles
 from tn.errors import OperatorError, PlanError, SizeError
-from tn.layout import pair
 from tn.network import Network
+from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.writer import Value, Writer, tuple_of
 
@@ -171,7 +171,9 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[lis
         _hand_over(writer, instead)
     values = _leaves(writer)
     for step in plan.steps:
-        values.append(writer.product(values[step.left], values[step.right], plan.orders[step.out], step.pairing, f"v{step.out}", strided))
+        left, right, order = values[step.left], values[step.right], plan.orders[step.out]
+        p = step.pairing if strided else pair(left.order, right.order, order, plan.size, plan.machine, tape=True)
+        values.append(writer.product(left, right, order, p, f"v{step.out}", strided))
     return values, values[-1]
 
 

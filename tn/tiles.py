@@ -6,8 +6,8 @@ to the gradients of tensors that have no rows. Steps between such tensors run on
 
 from collections.abc import Sequence
 
-from tn.layout import pair
 from tn.order import Axes
+from tn.pairing import pair
 from tn.plan import Plan
 from tn.spec import ROWS
 from tn.writer import Value, Writer, tuple_of
@@ -81,7 +81,7 @@ class _Tiled:
         for step in self.plan.steps:
             if step.out not in wanted or not self.rowwise(step.out):
                 continue
-            left, right, order = values[step.left], values[step.right], self.plan.orders[step.out]
+            left, right, order = (values[step.left], values[step.right], self.plan.orders[step.out])
             if last is not None and step is self.plan.steps[-1]:
                 self.writer.write(left, right, step.pairing, last)
                 values[step.out] = last

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from tn.errors import SizeError
-from tn.layout import Pairing, is_run
 from tn.order import Axes
+from tn.pairing import Pairing, is_run
 from tn.plan import Plan
 from tn.spec import ROWS, Term
 
@@ -151,6 +151,10 @@ class Writer:
         if p.kind == "dot":
             return self._dot(left, right, order, p, name)
         call, a, b, groups = self._matrices(left, right, p)
+        if p.batch_on == "operands":
+            self.add(f"{name} = torch.{call}({a}, {b}).sum(0)")
+            made = Value(name, tuple(axis for group in groups for axis in group), groups)
+            return made if p.out == "native" else self.reorder(made, order)
         if p.out == "strided" and strided:
             memory = self._memory(order, groups)
             self.add(f"{name} = {left.name}.new_empty({tuple_of([self.extent(group) for group in memory])})")
@@ -168,7 +172,8 @@ class Writer:
             self.add(f"{target.name}.copy_({made.name}.reshape({target.name}.shape))")
         else:
             call, a, b, groups = self._matrices(left, right, p)
-            self.add(f"torch.{call}({a}, {b}, out={self.view(target, groups)})")
+            product = f"torch.sum(torch.{call}({a}, {b}), 0" if p.batch_on == "operands" else f"torch.{call}({a}, {b}"
+            self.add(f"{product}, out={self.view(target, groups)})")
 
     def write_buffer(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, buffer: str) -> Value:
         """Write one matrix product into the head of a flat buffer."""
@@ -183,7 +188,10 @@ class Writer:
     def accumulate(self, left: Value, right: Value, p: Pairing, name: str) -> Value:
         """Add one matrix product to a tensor of the product's own shape."""
         call, a, b, groups = self._matrices(left, right, p)
-        self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
+        if p.batch_on == "operands":
+            self.add(f"{name} += torch.{call}({a}, {b}).sum(0)")
+        else:
+            self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
         return Value(name, tuple(axis for group in groups for axis in group), groups)
 
     def _memory(self, order: Axes, groups: Sequence[Axes]) -> tuple[Axes, ...]:
@@ -201,9 +209,15 @@ class Writer:
                 outer = (*p.batch, *outer)
                 second = self._without(second, p.batch)
                 copies = (copies[0] or not is_run(first.order, outer, self.sizes), copies[1])
-        a = self.view(first, [*batch, outer, p.contracted], copies[0])
-        b = self.view(second, [*batch, p.contracted, inner], copies[1])
-        return p.kind, a, b, (*batch, outer, inner)
+        a = self._matrix(first, outer, p.contracted, batch, copies[0])
+        b = self._matrix(second, p.contracted, inner, batch, copies[1])
+        return (p.kind, a, b, (outer, inner) if p.batch_on == "operands" else (*batch, outer, inner))
+
+    def _matrix(self, value: Value, rows: Axes, columns: Axes, batch: tuple[Axes, ...], copy: bool) -> str:
+        """A value as a batch of matrices; one that lacks the batch is broadcast along it."""
+        if batch and not set(batch[0]) & set(value.order) and batch[0]:
+            return f"{self.view(value, [rows, columns], copy)}.expand({self.shape([*batch, rows, columns])})"
+        return self.view(value, [*batch, rows, columns], copy)
 
     def _without(self, value: Value, axes: Axes) -> Value:
         """The value with axes of size one dropped from its order; its memory is the same."""

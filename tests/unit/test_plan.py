@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tn
-from tn.layout import is_run
 from tn.machine import GENERIC_CPU
 from tn.order import search
+from tn.pairing import is_run
 
 BTT = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=32, j=32, r=4, k=32, l=32), cores=("a", "c"))
 TT = tn.network("x: ... (a b), g: a i r, h: r b j -> ... (i j)", dict(a=16, b=24, i=24, j=32, r=8), cores=("g", "h"))

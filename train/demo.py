@@ -154,7 +154,7 @@ def _show(console: Console, demo: Demo, out: Path) -> None:
 
 def _sample(model: zoo.GPT, run: Path, context: int) -> Iterator[str]:
     tokenizer = zoo.load_tokenizer(run)
-    prompt = "def "
+    prompt = "def"
     yield prompt
     yield from zoo.stream_text(
         model, tokenizer, prompt, length=min(SAMPLE_TOKENS, context - len(tokenizer.encode(prompt))), temperature=0.8, top_p=0.95, seed=0

@@ -49,7 +49,7 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches per step; each token counts equally, whichever micro-batch it is in."""
 
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate of a parameter whose multiplier is 1; the start table prints every group's own rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""

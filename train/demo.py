@@ -41,7 +41,7 @@ class Demo:
     context: int = 256
     batch: int = 4
     rank: int = 1
-    lr: float = 2e-3
+    lr: float = 7e-4
     data: str = "stdlib"
     tokenizer: str = "bpe:4096"
     seed: int = 0

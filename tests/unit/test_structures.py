@@ -47,6 +47,8 @@ def test_repr_is_a_constructor_call():
         (dict(structure="bbt"), "unknown structure 'bbt': did you mean 'btt'"),
         (dict(structure="btt", rank=0), "btt needs an integer rank ≥ 1, got 0"),
         (dict(structure="btt", rank=1.5), "got 1.5"),
+        (dict(structure="btt", rank=1000), "btt rank 1000 is more than 3, which already gives every matrix"),
+        (dict(structure="low_rank", rank=9), "low_rank rank 9 is more than 8"),
         (dict(structure="dense", rank=2), "dense has neither rank nor factors"),
         (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank has no factors"),
         (dict(structure="btt", factors=((2, 3), (2, 4))), "make 6, less than 12"),

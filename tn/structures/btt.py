@@ -17,8 +17,8 @@ def build(d_in: int, d_out: int, rank: int | None, factors: Factors | None) -> B
     Default factors are the fewest parameters among those whose intermediate r·i·k is at least as wide as that of the most even
     split; sizes without a reasonable split are padded.
     """
-    r = checked_rank("btt", rank, 1)
     (i, j), (k, l) = _given(d_in, d_out, factors) if factors is not None else default_factors(padded(d_in), padded(d_out))
+    r = checked_rank("btt", rank, 1, full=min(j, l))
     return Built(SPEC, dict(i=i, j=j, r=r, k=k, l=l), ("first", "second"), r, ((i, j), (k, l)), i * j, k * l)
 
 

@@ -11,7 +11,7 @@ def build(d_in: int, d_out: int, rank: int | None, factors: Factors | None) -> B
     if factors is not None:
         raise StructureError(f"low_rank has no factors, got {factors}")
     least = min(d_in, d_out)
-    r = checked_rank("low_rank", rank, math.isqrt(least - 1) + 1 if least else 1)
+    r = checked_rank("low_rank", rank, math.isqrt(least - 1) + 1, least)
     return Built("x: ... i, first: i r, second: r o -> ... o", dict(i=d_in, r=r, o=d_out), ("first", "second"), r, (), d_in, d_out)
 
 

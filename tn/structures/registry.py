@@ -63,10 +63,12 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_registry))
 
 
-def checked_rank(structure: str, rank: int | None, default: int) -> int:
-    """The rank to use. Raises StructureError unless it is a positive integer."""
+def checked_rank(structure: str, rank: int | None, default: int, full: int) -> int:
+    """The rank to use. Raises StructureError unless it is a positive integer, at most `full`, which already gives every matrix."""
     if rank is None:
         return default
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise StructureError(f"{structure} needs an integer rank ≥ 1, got {rank!r}")
+    if rank > full:
+        raise StructureError(f"{structure} rank {rank} is more than {full}, which already gives every matrix of this size")
     return rank

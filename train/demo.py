@@ -4,7 +4,6 @@ Whatever the demo shows was measured in that demo: it reads the two run folders 
 """
 
 import argparse
-import itertools
 import json
 import signal
 import subprocess
@@ -186,8 +185,7 @@ def _claim(demo: Demo, out: Path | None) -> Path:
         RunError: the folder holds something else, or cannot be written.
     """
     if out is None:
-        base = Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = next(path for path in (base, *(base.with_name(f"{base.name}-{n}") for n in itertools.count(2))) if not path.exists())
+        out = folder.make(Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}", exact=False)
     settings = out / SETTINGS
     if settings.exists():
         return out

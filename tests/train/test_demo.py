@@ -134,3 +134,11 @@ def test_table(tmp_path):
     ratios = dict(zip(view.columns[0]._cells, view.columns[3]._cells, strict=True))
     assert ratios["tokens per second"] == "3.00"
     assert ratios["time per step (ms)"] == "0.25"
+
+
+def test_every_demo_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")  # two demos within one second
+    folders = [demo._claim(demo.Demo(), None) for _ in range(3)]
+    assert [path.name for path in folders] == ["demo-20260101-000000", "demo-20260101-000000-2", "demo-20260101-000000-3"]
+    assert all((path / demo.SETTINGS).exists() for path in folders)

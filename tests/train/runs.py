@@ -20,6 +20,7 @@ SHAPE = {"context": 16, "layers": 1, "width": 32, "heads": 2}
 SETTINGS = {
     "tokenizer": "bytes",
     "steps": 12,
+    "lr": 2e-3,
     "batch": 2,
     "eval_every": 6,
     "eval_batches": 2,

@@ -6,8 +6,11 @@ it runs whenever one of them is at work.
 """
 
 import builtins
+import dataclasses
 import functools
+import keyword
 import linecache
+import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +25,11 @@ from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.writer import Value, Writer, tuple_of
 
+# Variables and functions of generated code.
+_OURS = re.compile(
+    r"[vsdxbe]\d+(_t)?|n_\w+|n|g|g_t|y|y_t|rows|lead|size|start|gradient|torch|mismatch|min|range|len|forward(_tiled)?|backward(_tiled)?"
+)
+
 
 class Program:
     """Runs a Plan. Make one with `tn.compile`; call it with one tensor per name of the network, in spec order.
@@ -33,21 +41,19 @@ class Program:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.names = plan.network.names
-        self._plain, self.plain_source = _load(plan, "plain", _plain_source(plan))
+        self._code = _with_safe_names(plan)
+        self._plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self._fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
         if _worth_owning(plan):
-            self._fast, self.fast_source = _load(plan, "fast", _fast_source(plan))
+            self._fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
     def source(self) -> str:
         """The generated Python."""
         if self._fast is None:
             return self.plain_source
-        return f"{self.fast_source}\n{_backward_source(self.plan, self._all_floating())}"
-
-    def _all_floating(self) -> tuple[bool, ...]:
-        return tuple(name in self.plan.grad for name in self.names)
+        return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Tensor:
         if _transforming():
@@ -67,7 +73,7 @@ class Program:
         """The generated gradient function for the operands that need one."""
         found = self._backwards.get(needs)
         if found is None:
-            found, _ = _load(self.plan, "backward", _backward_source(self.plan, needs))
+            found, _ = _load(self.plan, "backward", _backward_source(self._code, needs))
             self._backwards[needs] = found
         return found
 
@@ -177,6 +183,29 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[lis
     return values, values[-1]
 
 
+def _with_safe_names(plan: Plan) -> Plan:
+    """The plan with tensors renamed that would hide a variable of the generated code or are Python keywords."""
+    network = plan.network
+    if not any(map(_reserved, network.names)):
+        return plan
+    taken = set(network.names)
+    safe: dict[str, str] = {}
+    for name in network.names:
+        new = f"its_{name}" if _reserved(name) else name
+        while new != name and new in taken:
+            new += "_"
+        safe[name] = new
+        taken.add(new)
+    operands = tuple(dataclasses.replace(term, name=safe[term.name]) for term in network.spec.operands)
+    roles = [tuple(safe[name] for name in names) for names in (network.cores, network.consts)]
+    renamed = Network(dataclasses.replace(network.spec, operands=operands), network.known, *roles)
+    return dataclasses.replace(plan, network=renamed, grad=tuple(safe[name] for name in plan.grad))
+
+
+def _reserved(name: str) -> bool:
+    return keyword.iskeyword(name) or _OURS.fullmatch(name) is not None
+
+
 def _leaves(writer: Writer) -> list[Value]:
     return [writer.leaf(term, axes) for term, axes in zip(writer.plan.network.spec.operands, writer.plan.leaves, strict=True)]
 
@@ -254,7 +283,7 @@ class EinsumProgram:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.names = plan.network.names
-        writer = Writer(plan)
+        writer = Writer(_with_safe_names(plan))
         writer.prologue()
         values = _leaves(writer)
         for i, value in enumerate(values):
@@ -266,8 +295,9 @@ class EinsumProgram:
             writer.add(f'v{step.out} = torch.einsum("{equation}", {values[left].name}, {values[right].name})')
             values.append(Value(f"v{step.out}", plan.orders[step.out], tuple((axis,) for axis in plan.orders[step.out])))
         text = writer.result(values[-1], plan.network.output)
-        text = f"{text}.clone()" if text in self.names else text
-        source = "\n".join([f"def forward({', '.join(self.names)}):", *writer.lines, f"    return {text}", ""])
+        names = writer.plan.network.names
+        text = f"{text}.clone()" if text in names else text
+        source = "\n".join([f"def forward({', '.join(names)}):", *writer.lines, f"    return {text}", ""])
         self._run, self.source = _load(plan, "einsum", source)
 
     def __call__(self, *operands: Tensor) -> Tensor:

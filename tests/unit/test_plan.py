@@ -131,3 +131,43 @@ def test_planning_for_one_row_still_serves_many():
     operands = [torch.randn(5, 1024, dtype=torch.float64), *(torch.randn(32, 32, 4, 32, dtype=torch.float64) for _ in range(2))]
     want = torch.einsum("bij,ijrk,kirl->bkl", operands[0].reshape(5, 32, 32), *operands[1:]).reshape(5, 1024)
     assert torch.allclose(f(*operands), want)
+
+
+CLASHES = [
+    "rows",
+    "lead",
+    "n",
+    "size",
+    "start",
+    "g",
+    "y",
+    "gradient",
+    "torch",
+    "mismatch",
+    "v3",
+    "s1",
+    "d0",
+    "x0",
+    "n_i",
+    "lambda",
+    "range",
+    "v3_",
+]
+
+
+@pytest.mark.parametrize("backend", ["planned", "einsum"])
+@pytest.mark.parametrize("name", CLASHES)
+def test_any_word_names_a_tensor_or_an_axis(name, backend):
+    spec = f"{name}: ... (i {name}), a: i {name} r k, c: k i r l -> ... (k l)"
+    operands = [
+        torch.randn(300, 12, dtype=torch.float64),
+        torch.randn(3, 4, 2, 5, dtype=torch.float64),
+        torch.randn(5, 3, 2, 4, dtype=torch.float64),
+    ]
+    for operand in operands:
+        operand.requires_grad_()
+    want = torch.einsum("bij,ijrk,kirl->bkl", operands[0].reshape(300, 3, 4), *operands[1:]).reshape(300, 20)
+    got = tn.contract(spec, *operands, backend=backend)
+    assert torch.allclose(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), operands), torch.autograd.grad(want.sum(), operands), strict=True):
+        assert torch.allclose(a, b)

@@ -3,10 +3,10 @@
 import sys
 
 import tn
-from bench import flops, throughput
+from bench import execution, flops, throughput
 from tn.errors import unknown
 
-BENCHES = {"flops": flops, "throughput": throughput}
+BENCHES = {"execution": execution, "flops": flops, "throughput": throughput}
 
 
 def main(arguments: list[str]) -> int:

@@ -24,9 +24,9 @@ ARROWS = {
 
 # Third parties that one file adapts (or one file per purpose, which is named).
 ONLY_IN = {
-    "cotengra": {"tn/order.py": "search"},
+    "cotengra": {"tn/order.py": "search", "bench/libraries.py": "a peer"},
     "quimb": {"tn/bridge.py": "conversion"},
-    "opt_einsum": {"tn/order.py": "search", "tn/einsum.py": "PathInfo"},
+    "opt_einsum": {"tn/order.py": "search", "tn/einsum.py": "PathInfo", "bench/libraries.py": "a peer"},
     "transformers": {"zoo/tokenizers.py": "tokenizers in its folder format", "zoo/huggingface.py": "models in its folder format"},
     "datasets": {"train/data/hub.py": "corpora"},
     "huggingface_hub": {"train/data/hub.py": "the commit behind a dataset's name"},

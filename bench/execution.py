@@ -1,0 +1,163 @@
+"""Execution: structured layers against torch.einsum, opt_einsum and cotengra, and BTT against dense and a hand-written function."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+import tn
+from bench.cases import LAYERS, ROWS, Layer
+from bench.handwritten import TiledBTT
+from bench.libraries import einsum_peers
+from bench.row import RESULTS, Row, append, wide_console
+from bench.timing import interleaved
+
+BTT = ((1024, 4096, (1, 4)), (4096, 2048, (1, 4)))  # width, rows, ranks
+TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function, the best of 64 to 1024 on two cores
+
+Run = Callable[[], object]
+
+
+def passes(run: Callable[..., Tensor], operands: list[Tensor]) -> dict[str, Run]:
+    """The function forward without gradients, and forward with the gradients of every operand."""
+    tracked = [operand.detach().requires_grad_() for operand in operands]
+    with torch.no_grad():
+        cotangent = torch.ones_like(run(*operands))
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(*operands)
+
+    def both() -> object:
+        return torch.autograd.grad(run(*tracked), tracked, cotangent)
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def check(name: str, run: Callable[..., Tensor], reference: Callable[..., Tensor], operands: list[Tensor]) -> None:
+    """Raise RuntimeError unless both give the same values and gradients, to the precision of fp32 sums."""
+    results = []
+    for f in (run, reference):
+        tracked = [operand.detach().requires_grad_() for operand in operands]
+        value = f(*tracked)
+        results.append([value, *torch.autograd.grad(value.square().mean(), tracked)])
+    for got, want in zip(*results, strict=True):
+        if (got - want).abs().max() > 1e-3 * want.abs().max():
+            raise RuntimeError(f"{name}: wrong by {(got - want).abs().max().item():.2e} of {want.abs().max().item():.2e}; nothing is timed")
+
+
+def layer_rows(layer: Layer, rows: int, rounds: int) -> Iterator[Row]:
+    """One layer at one number of rows beside its peers: a row for each pass."""
+    network = layer.network
+    operands = [torch.randn(rows, layer.width), *(torch.randn(network.shape(core)) / 8 for core in network.cores)]
+    forward, training = (tn.compile(tn.plan(network, grad=grad, rows=rows)) for grad in ((), network.names))
+    peers = einsum_peers(network, rows)
+    check(layer.name, training, peers["torch.einsum"], operands)
+    ours = {"forward": passes(forward, operands)["forward"], "forward + backward": passes(training, operands)["forward + backward"]}
+    theirs = {name: passes(peer, operands) for name, peer in peers.items()}
+    for what, program in (("forward", forward), ("forward + backward", training)):
+        times = interleaved({"tn": ours[what], **{name: runs[what] for name, runs in theirs.items()}}, rounds=rounds, least_seconds=0.005)
+        best = min((name for name in times if name != "tn"), key=lambda name: times[name].median)
+        flops = program.plan.flops + (program.plan.backward_flops if what != "forward" else 0)
+        ratio, low, high = times["tn"].faster_than(times[best]), *times["tn"].quartiles
+        settings = {"rows": rows, "spec": layer.spec, **dict(layer.sizes), "tile": program.plan.tile}
+        seconds = times["tn"].median
+        yield Row(
+            bench="execution",
+            case=layer.name,
+            what=what,
+            seconds=seconds,
+            low=low,
+            high=high,
+            samples=rounds,
+            tokens=rows,
+            flops=flops,
+            ratio=ratio,
+            peer=best,
+            settings=settings,
+        )
+
+
+def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
+    """A square BTT layer against `x @ W.T`, and against the hand-written function."""
+    layer = tn.StructuredLinear(width, width, structure="btt", rank=rank, bias=False)
+    x, weight = torch.randn(rows, width), torch.randn(width, width)
+    cores = [parameter.detach() for parameter in layer.parameters()]
+    program = tn.compile(layer.plan(rows=rows))
+    tile = TILE[width, rank]
+
+    def by_hand(*t: Tensor) -> Tensor:
+        return TiledBTT.apply(*t, tile)
+
+    check(f"BTT {width} rank {rank}", program, by_hand, [x, *cores])
+    dense = passes(lambda x, w: x @ w.mT, [x, weight])
+    runs = {"tn": passes(program, [x, *cores]), "by hand": passes(by_hand, [x, *cores]), "dense": dense}
+    for what in ("forward", "forward + backward"):
+        times = interleaved({name: both[what] for name, both in runs.items()}, rounds=rounds)
+        low, high = times["tn"].quartiles
+        for peer in ("dense", "by hand"):
+            flops = program.plan.flops + (program.plan.backward_flops if what != "forward" else 0)
+            settings: dict[str, object] = {"rows": rows, "tile": program.plan.tile}
+            yield Row(
+                bench="execution",
+                case=f"BTT {width} rank {rank}",
+                what=what,
+                seconds=times["tn"].median,
+                low=low,
+                high=high,
+                samples=rounds,
+                tokens=rows,
+                flops=flops,
+                ratio=times["tn"].faster_than(times[peer]),
+                peer=peer,
+                settings=settings,
+            )
+
+
+def main(arguments: list[str]) -> int:
+    """Time, print and store; returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m bench execution", description=__doc__)
+    parser.add_argument("--family", default="", help="only families whose name starts with this (BTT, TT, Tucker, CP, Monarch)")
+    parser.add_argument("--width", type=int, nargs="*", help="only these widths")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="rows of the einsum cases (default: 16 256 4096)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "execution.jsonl", help="file the rows are added to")
+    given = parser.parse_args(arguments)
+    console = wide_console()
+    found: list[Row] = []
+    torch.manual_seed(0)
+
+    def chosen(family: str, width: int) -> bool:
+        return family.lower().startswith(given.family.lower()) and (not given.width or width in given.width)
+
+    for width, rows, ranks in BTT:
+        for rank in ranks:
+            found += btt_rows(width, rows, rank, given.rounds) if chosen("BTT", width) else []
+    for layer in LAYERS:
+        for rows in given.rows:
+            if chosen(layer.family, layer.width):
+                found += layer_rows(layer, rows, given.rounds)
+    console.print(_table(found))
+    against = [row.ratio for row in found if row.peer not in ("dense", "by hand") and row.ratio]
+    if against:
+        mean = math.exp(sum(map(math.log, against)) / len(against))
+        console.print(f"{len(against)} cells against the best of three libraries: geometric mean {mean:.2f} ×, least {min(against):.2f} ×")
+    append(found, given.out)
+    console.print(f"rows: {given.out}", highlight=False)
+    return 0
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title=f"{torch.get_num_threads()} threads, fp32", title_justify="left", pad_edge=False)
+    for heading in ("layer", "rows", "pass", "median", "quartiles", "GFLOP/s", "against", "times faster"):
+        table.add_column(heading, justify="left" if heading in ("layer", "pass", "against") else "right")
+    for row in rows:
+        assert row.seconds and row.low and row.high and row.ratio
+        spread = f"{row.low * 1e3:.2f}–{row.high * 1e3:.2f}"
+        rate = f"{row.flops / row.seconds / 1e9:.0f}"
+        table.add_row(row.case, str(row.tokens), row.what, f"{row.seconds * 1e3:.2f} ms", spread, rate, row.peer, f"{row.ratio:.2f}")
+    return table

@@ -1,0 +1,35 @@
+"""The libraries that contract a whole network in one call, as peers: torch.einsum, opt_einsum and cotengra expressions."""
+
+import math
+import string
+from collections.abc import Callable
+
+import cotengra
+import opt_einsum
+import torch
+from torch import Tensor
+
+import tn
+
+
+def einsum_peers(network: tn.Network, rows: int) -> dict[str, Callable[..., Tensor]]:
+    """name → function of the network's operands as it stores them, planned beforehand where the library can."""
+    sizes = {**network.sizes, "...": rows}
+    equation = letters(network)
+    shapes = [tuple(sizes[axis] for axis in term.axes) for term in network.spec.operands]
+    width = math.prod(sizes[axis] for axis in network.output.axes[1:])
+    planned = opt_einsum.contract_expression(equation, *shapes)
+    searched = cotengra.einsum_expression(equation, *shapes)
+
+    def on_axes(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *operands: run(*(t.reshape(shape) for t, shape in zip(operands, shapes, strict=True))).reshape(rows, width)
+
+    calls = {"torch.einsum": lambda *t: torch.einsum(equation, *t), "opt_einsum": planned, "cotengra": searched}
+    return {name: on_axes(call) for name, call in calls.items()}
+
+
+def letters(network: tn.Network) -> str:
+    """The network as an einsum equation over unflattened axes, `...` as one axis."""
+    names = dict(zip(network.axes, string.ascii_letters, strict=False))
+    terms = ["".join(names[axis] for axis in term.axes) for term in (*network.spec.operands, network.output)]
+    return f"{','.join(terms[:-1])}->{terms[-1]}"

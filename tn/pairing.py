@@ -19,6 +19,7 @@ from tn.machine import Machine
 from tn.order import Axes
 
 _BYTES = 4
+_VIEW = 5e-7  # seconds of making a transposed view; it decides between layouts that are otherwise alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,9 @@ def _product(
     seconds = free + 2 * copied / machine.permute + machine.launch * sum(copies)
     if placed == "strided":
         seconds += h * machine.item
+    outer, inner = (columns, rows) if swap else (rows, columns)
+    first, second = (right, left) if swap else (left, right)
+    seconds += _VIEW * (_turned(first, batch + outer + summed, sizes) + _turned(second, batch + summed + inner, sizes))
     moved = sum(volumes) + 2 * copied
     return Pairing(kind, batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, flops, moved, copied, seconds)
 
@@ -240,6 +244,11 @@ def _viewable(order: Axes, groups: tuple[Axes, Axes, Axes], sizes: Mapping[str, 
         return False
     wide = [axis for axis in order if sizes[axis] != 1]
     return not wide or wide[-1] not in groups[0] or volume(groups[1] + groups[2], sizes) == 1
+
+
+def _turned(order: Axes, wanted: Axes, sizes: Mapping[str, int]) -> bool:
+    """Whether a buffer has to be read through a transposed view to have its groups in the wanted sequence."""
+    return order != wanted and [axis for axis in order if sizes[axis] != 1] != [axis for axis in wanted if sizes[axis] != 1]
 
 
 def _placement(out: Axes, batch: Axes, rows: Axes, columns: Axes, sizes: Mapping[str, int]) -> tuple[bool, str]:

@@ -1,6 +1,7 @@
 """Contraction: the nn.Module that owns the cores of a network and the Programs that run it."""
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +19,12 @@ from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum")
 
-_forced: str | None = None
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every Contraction inside the block with one backend: "planned", or "einsum", the readable reference.
+    """Run every Contraction that this thread calls inside the block with one backend: "planned", or "einsum", the readable reference.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(6, 4, structure="btt")
@@ -31,13 +32,12 @@ def backend(name: str) -> Iterator[None]:
     ...     layer(torch.ones(2, 6)).shape
     torch.Size([2, 4])
     """
-    global _forced
     _check_backend(name)
-    outer, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = outer
+        _forced.reset(token)
 
 
 def _check_backend(name: str) -> None:
@@ -91,7 +91,7 @@ class Contraction(nn.Module):
         self.network: Network = network(spec, sizes, cores=cores)
         self.zero_init, self.backend = zero_init, backend
         for name in self.network.cores:
-            if hasattr(self, name):
+            if hasattr(self, name) or name == "bias" or name.startswith("_"):
                 raise SpecError(f"core name {name!r} is taken by an attribute of the layer; choose another word")
             self.register_parameter(name, nn.Parameter(torch.empty(self.network.shape(name), device=device, dtype=dtype)))
         if bias:
@@ -148,7 +148,7 @@ class Contraction(nn.Module):
             return self._plain(*operands)
         first = operands[0]
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
-        key = (first.dtype, first.device, grads, _forced or self.backend)
+        key = (first.dtype, first.device, grads, _forced.get() or self.backend)
         run = self._programs.get(key)
         if run is None:
             run = self._programs[key] = self._bind(*key)
@@ -161,9 +161,15 @@ class Contraction(nn.Module):
         """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
         if len(inputs) != len(self._inputs):
             raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
+        for value in inputs:
+            if not isinstance(value, Tensor):
+                raise OperatorError(f"input {self._inputs[inputs.index(value)]!r} is a {type(value).__name__}, expected a torch.Tensor")
         given = iter(inputs)
         parameters: dict[str, Any] = self._parameters
-        operands = [next(given) if core is None else parameters[core] for core in self._slots]
+        # a core that is no plain parameter (a parametrisation, a replica of a data-parallel module) is an attribute
+        operands = [
+            next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
+        ]
         return list(autocast(operands)) if torch._C._is_any_autocast_enabled() else operands
 
     def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:

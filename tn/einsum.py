@@ -130,6 +130,11 @@ def _read(equation: str, tensors: list[Tensor]) -> tuple[list[list[str]], list[s
         out = dots + sorted(letter for letter in set(flat) if flat.count(letter) == 1)
     sizes: dict[str, int] = {}
     for i, (letters, tensor) in enumerate(zip(spread, tensors, strict=True)):
+        own: dict[str, int] = {}
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if own.setdefault(letter, size) != size:
+                raise SizeError(f"equation {equation!r}: operand {i} has sizes {own[letter]} and {size} for {letter!r}")
+    for i, (letters, tensor) in enumerate(zip(spread, tensors, strict=True)):
         for letter, size in zip(letters, tensor.shape, strict=True):
             known = sizes.setdefault(letter, size)
             if 1 not in (known, size) and known != size:

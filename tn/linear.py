@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from tn import ops, structures
 from tn.contraction import Contraction
-from tn.errors import SizeError, StructureError
+from tn.errors import OperatorError, SizeError, StructureError
 from tn.structures.registry import Factors
 
 
@@ -58,6 +58,8 @@ class StructuredLinear(Contraction):
 
     def _contract(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
+        if not isinstance(x, Tensor):
+            raise OperatorError(f"input is a {type(x).__name__}, expected a torch.Tensor")
         if x.shape[-1:] != (self.in_features,):
             raise SizeError(f"input has shape {tuple(x.shape)}, expected a last dimension of {self.in_features}")
         before, after = self._pads

@@ -223,6 +223,9 @@ def network(spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: 
     draft = Network(parsed, (), tuple(cores), tuple(consts))
     for name in (*draft.cores, *draft.consts):
         draft.term(name)
+    for role, names in (("cores", draft.cores), ("consts", draft.consts)):
+        if len(set(names)) < len(names):
+            raise SpecError(f"{role} names a tensor twice: {', '.join(names)}")
     both = set(draft.cores) & set(draft.consts)
     if both:
         raise SpecError(f"tensor {sorted(both)[0]!r} is named both as a core and as a const")

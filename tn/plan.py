@@ -226,16 +226,19 @@ def plan(
     """
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
-    for name in grad:
+    wanted = set(grad)
+    for name in wanted:
         network.term(name)
     given = {**({ROWS: rows} if rows is not None else {}), **(sizes or {})}
-    for axis in given:
+    for axis, extent in given.items():
         if axis not in network.axes:
             raise SizeError(unknown("axis", axis, network.axes))
+        if network.sizes.get(axis, extent) != extent:
+            raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
     return _plan(
-        network, tuple(size.items()), tuple(n for n in network.names if n in set(grad)), goal, search, table or machine(device, dtype), seed
+        network, tuple(size.items()), tuple(n for n in network.names if n in wanted), goal, search, table or machine(device, dtype), seed
     )
 
 

@@ -8,8 +8,10 @@ it runs whenever one of them is at work.
 import builtins
 import dataclasses
 import functools
+import hashlib
 import keyword
 import linecache
+import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,7 @@ from tn.writer import Value, Writer, tuple_of
 
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbe]\d+(_t)?|n_\w+|n|g|g_t|y|y_t|rows|lead|size|start|gradient|torch|mismatch|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbe]\d+(_t)?|n_\w+|n|g|g_t|y|y_t|rows|lead|size|start|gradient|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -153,9 +155,9 @@ def compile(target: Network | Plan) -> Program:
 
 def _load(plan: Plan, form: str, source: str) -> tuple[Callable, str]:
     """Run generated source and return its function; the text stays visible to tracebacks and debuggers."""
-    filename = f"<tn {form} {plan.network.spec}>"
+    filename = f"<tn {form} {plan.network.spec} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    space: dict = {"torch": torch, "mismatch": functools.partial(_mismatch, plan.network)}
+    space: dict = {"torch": torch, "prod": math.prod, "mismatch": functools.partial(_mismatch, plan.network)}
     exec(builtins.compile(source, filename, "exec"), space)  # our own generated text
     return space["backward" if form == "backward" else "forward"], source
 
@@ -210,12 +212,16 @@ def _leaves(writer: Writer) -> list[Value]:
     return [writer.leaf(term, axes) for term, axes in zip(writer.plan.network.spec.operands, writer.plan.leaves, strict=True)]
 
 
+def _new(writer: Writer, result: Value) -> str:
+    """The result as a new tensor: without a step it may be a view of an operand."""
+    text = writer.result(result, writer.plan.network.output)
+    return text if writer.plan.steps else f"{text}.clone()"
+
+
 def _plain_source(plan: Plan) -> str:
     writer = Writer(plan)
     _, result = _forward_body(writer, strided=False)
-    text = writer.result(result, plan.network.output)
-    if text in plan.network.names:
-        text = f"{text}.clone()"  # a program returns a new tensor, also when there is nothing to do
+    text = _new(writer, result)
     return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.lines, f"    return {text}", ""])
 
 
@@ -294,9 +300,7 @@ class EinsumProgram:
         for step, (equation, left, right) in zip(plan.steps, einsum_steps(plan), strict=True):
             writer.add(f'v{step.out} = torch.einsum("{equation}", {values[left].name}, {values[right].name})')
             values.append(Value(f"v{step.out}", plan.orders[step.out], tuple((axis,) for axis in plan.orders[step.out])))
-        text = writer.result(values[-1], plan.network.output)
-        names = writer.plan.network.names
-        text = f"{text}.clone()" if text in names else text
+        text, names = _new(writer, values[-1]), writer.plan.network.names
         source = "\n".join([f"def forward({', '.join(names)}):", *writer.lines, f"    return {text}", ""])
         self._run, self.source = _load(plan, "einsum", source)
 

@@ -11,6 +11,9 @@ from tn import structures
 from tn.errors import StructureError, unknown
 from tn.linear import StructuredLinear
 
+# torch modules that use the `weight` of their linear children without calling them
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 _GROUPS: dict[str, Callable[[str | None], bool]] = {
     "all": lambda role: True,
     "all_but_last": lambda role: role != "head",
@@ -79,16 +82,29 @@ def restructure(
         weight = next(layer.parameters())
         zero = bool(getattr(layer, "zero_init", False))
         new = StructuredLinear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, structure=structure, rank=rank, zero_init=zero,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
-        built[path] = new
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            structure=structure,
+            rank=rank,
+            zero_init=zero,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        built[path] = _frozen_as(layer, new)
     return _swap(model, chosen, built)
 
 
 def densify(model: nn.Module) -> Report:
-    """Replace every structured layer in place by the dense one with the same matrix and bias."""
-    chosen = {path: m for path, m in model.named_modules() if isinstance(m, StructuredLinear) and m.structure != "dense"}
+    """Replace every structured layer inside a model in place by the dense one with the same matrix and bias. All or nothing.
+
+    Raises:
+        StructureError: the model itself is such a layer, or a layer cannot be replaced alone (see `restructure`).
+    """
+    if isinstance(model, StructuredLinear):
+        raise StructureError("a layer cannot replace itself: give densify the model that holds it, or take layer.to_dense()")
+    chosen: dict[str, nn.Module] = {p: m for p, m in model.named_modules() if isinstance(m, StructuredLinear) and m.structure != "dense"}
+    _check_owned(model, chosen)
     built = {}
     for path, layer in chosen.items():
         core = next(layer.parameters())
@@ -97,8 +113,17 @@ def densify(model: nn.Module) -> Report:
             new.weight.copy_(layer.to_dense())
             if layer.bias is not None:
                 new.bias.copy_(layer.bias)
-        built[path] = new
+        built[path] = _frozen_as(layer, new)
     return _swap(model, chosen, built)
+
+
+def _frozen_as(old: nn.Module, new: StructuredLinear) -> StructuredLinear:
+    """The new layer with its cores frozen if the old weights are, and its bias frozen if the old bias is."""
+    weights = [parameter for name, parameter in old.named_parameters(recurse=False) if name != "bias"]
+    for name, parameter in new.named_parameters():
+        was = [old.bias] if name == "bias" else weights
+        parameter.requires_grad_(any(p.requires_grad for p in was))
+    return new
 
 
 def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
@@ -116,14 +141,29 @@ def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) ->
         raise StructureError(unknown("layers", layers, _GROUPS))
     if not chosen:
         raise StructureError(f"layers={layers!r} matches none of the {len(linear)} linear layers: {', '.join(list(linear)[:8])}")
+    _check_owned(model, chosen)
+    return chosen
+
+
+def _check_owned(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Raise StructureError for a layer that cannot be replaced alone: shared, tied, or read by its parent behind its back."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + (parameter is not None)
     for path, layer in chosen.items():
+        if len(paths[id(layer)]) > 1:
+            raise StructureError(
+                f"layer {path!r} is used under several names ({', '.join(paths[id(layer)])}); give each place its own layer"
+            )
         if any(owners[id(parameter)] > 1 for parameter in layer.parameters(recurse=False)):
             raise StructureError(f"layer {path!r} shares a parameter with another one (a tied head?); untie it before restructuring")
-    return chosen
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, _READS_WEIGHTS):
+            raise StructureError(f"layer {path!r} belongs to a {type(parent).__name__}, which reads its weight directly; leave it out")
 
 
 def _swap(model: nn.Module, old: dict[str, nn.Module], new: dict[str, StructuredLinear]) -> Report:

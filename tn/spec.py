@@ -14,7 +14,6 @@ from tn.errors import SpecError
 ROWS = "..."  # the axis that all leading dynamic dimensions together make
 
 _TOKEN = re.compile(r"\s*(\.\.\.|->|[A-Za-z_]\w*|[0-9]+|[(),:]|\S)")
-_WORD = re.compile(r"[A-Za-z_]\w*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def _split(side: str) -> list[str]:
 def _term(part: str, text: str, default: str) -> Term:
     name, colon, pattern = part.rpartition(":")
     name = name.strip()
-    if colon and not _WORD.match(name):
+    if colon and not name.isidentifier():
         raise SpecError(f"spec {text!r}: tensor name {name!r} is not a word")
     dims: list[tuple[str, ...]] = []
     group: list[str] | None = None
@@ -100,9 +99,9 @@ def _term(part: str, text: str, default: str) -> Term:
             dims.append((ROWS,))
         elif token == ROWS:
             raise SpecError(f"spec {text!r}: '...' in {part.strip()!r} must come first, once, and outside parentheses")
-        elif _WORD.match(token) and group is not None:
+        elif token.isidentifier() and group is not None:
             group.append(token)
-        elif _WORD.match(token):
+        elif token.isidentifier():
             dims.append((token,))
         elif token == "1":
             if group is None:

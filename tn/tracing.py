@@ -1,5 +1,6 @@
 """What a model runs, as Networks joined by named pointwise nodes: recorded on the meta device, without memory or arithmetic."""
 
+import contextvars
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -63,12 +64,12 @@ class _Recorder:
         self.path: list[str] = []
 
 
-_active: _Recorder | None = None
+_active: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("tn.trace", default=None)
 
 
 def recording() -> bool:
-    """Whether a trace is being taken; operations ask before they describe themselves."""
-    return _active is not None
+    """Whether a trace is being taken in this thread; operations ask before they describe themselves."""
+    return not torch.compiler.is_compiling() and _active.get() is not None
 
 
 def record(
@@ -83,11 +84,12 @@ def record(
     kept: int = 0,
 ) -> None:
     """Add a node to the trace being taken; `kept` counts the elements saved besides the result."""
-    if _active is None:
+    recorder = _active.get()
+    if recorder is None:
         raise RuntimeError("no trace is being taken; ask recording() first")
-    path = _active.path[-1] if _active.path else ""
+    path = recorder.path[-1] if recorder.path else ""
     size = (result.numel() + kept) * result.element_size()
-    _active.nodes.append(Node(path, kind, what, tuple(sizes.items()), flops, pointwise, parameters, size))
+    recorder.nodes.append(Node(path, kind, what, tuple(sizes.items()), flops, pointwise, parameters, size))
 
 
 def trace(model: nn.Module, *inputs: object, grad: bool | None = None) -> Trace:
@@ -100,22 +102,21 @@ def trace(model: nn.Module, *inputs: object, grad: bool | None = None) -> Trace:
     Returns:
         A Trace. Operations that are not tn's do not appear in it.
     """
-    global _active
     meta = {name: tensor.to("meta") for name, tensor in model.named_buffers()}
     for name, parameter in model.named_parameters():
         meta[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad)
     arguments = [value.to("meta") if isinstance(value, Tensor) else value for value in inputs]
-    recorder, outer = _Recorder(), _active
+    recorder = _Recorder()
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: recorder.path.append(name)))
         handles.append(module.register_forward_hook(lambda *_: recorder.path.pop() and None, always_call=True))
+    token = _active.set(recorder)
     try:
-        _active = recorder
         with torch.set_grad_enabled(model.training if grad is None else grad):
             torch.func.functional_call(model, meta, tuple(arguments))
     finally:
-        _active = outer
+        _active.reset(token)
         for handle in handles:
             handle.remove()
     return Trace(tuple(recorder.nodes))

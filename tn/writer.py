@@ -55,7 +55,7 @@ class Writer:
         ranks: list[str] = []
         sizes: list[str] = []
         checks: list[str] = []
-        seen: set[str] = set()
+        pending: list[tuple[str, Axes]] = []
         for term in dict.fromkeys(network.spec.operands):
             name, dims = term.name, [dim for dim in term.dims if dim != (ROWS,)]
             cut = f"[:{-len(dims)}]" if dims else ""
@@ -66,11 +66,11 @@ class Writer:
                 ranks.append(f"{name}.dim() != {len(dims)}")
             elif name == lead and not sizes:
                 ranks.append(f"{name}.dim() < {len(dims)}")
-                sizes += [f"lead = {name}.shape{cut}", f"{self.variable(ROWS)} = lead.numel()"]
+                sizes += [f"lead = {name}.shape{cut}", f"{self.variable(ROWS)} = prod(lead)"]
             else:
                 checks.append(f"{name}.shape{cut} != lead")
-            for i, dim in enumerate(dims):
-                self._dimension(f"{name}.shape[{i - len(dims)}]", dim, seen, checks, sizes)
+            pending += [(f"{name}.shape[{i - len(dims)}]", dim) for i, dim in enumerate(dims)]
+        self._solve(pending, checks, sizes)
         self._guard(ranks)
         for line in sizes:
             self.add(line)
@@ -81,19 +81,25 @@ class Writer:
             self.add(f"if {' or '.join(checks)}:")
             self.add(f"    mismatch({', '.join(self.plan.network.names)})")
 
-    def _dimension(self, text: str, dim: Axes, seen: set[str], checks: list[str], sizes: list[str]) -> None:
-        known = self.plan.network.sizes
-        fresh = [axis for axis in dict.fromkeys(dim) if axis not in known and axis not in seen]
-        if not fresh:
-            checks.append(f"{text} != {self.extent(dim)}")
-            return
-        rest = [axis for axis in dim if axis != fresh[0]]
-        if len(fresh) > 1 or len(rest) + 1 < len(dim):
-            raise SizeError(f"dimension ({' '.join(dim)}) does not say how it splits; give sizes for all but one of its axes")
-        seen.add(fresh[0])
-        sizes.append(f"{self.variable(fresh[0])} = {text}" + (f" // ({self.extent(rest)})" if rest else ""))
-        if rest:
-            checks.append(f"{text} != {self.extent(dim)}")
+    def _solve(self, pending: list[tuple[str, Axes]], checks: list[str], sizes: list[str]) -> None:
+        """Name dynamic sizes from stored dimensions, those with one unnamed axis first; every other dimension is a check."""
+        seen = set(self.plan.network.sizes)
+        while pending:
+            stuck = []
+            for text, dim in pending:
+                fresh = [axis for axis in dim if axis not in seen]
+                if not fresh:
+                    checks.append(f"{text} != {self.extent(dim)}")
+                elif len(fresh) > 1:
+                    stuck.append((text, dim))
+                else:
+                    seen.add(fresh[0])
+                    rest = [axis for axis in dim if axis != fresh[0]]
+                    sizes.append(f"{self.variable(fresh[0])} = {text}" + (f" // max({self.extent(rest)}, 1)" if rest else ""))
+                    checks += [f"{text} != {self.extent(dim)}"] if rest else []
+            if len(stuck) == len(pending):
+                raise SizeError(f"dimension ({' '.join(stuck[0][1])}) does not say how it splits; give sizes for all but one of its axes")
+            pending = stuck
 
     def leaf(self, term: Term, axes: Axes) -> Value:
         """An operand as a buffer with one axis or run of axes a dimension: groups split, diagonals read, unneeded axes summed."""
@@ -117,7 +123,7 @@ class Writer:
             self.add(f"{split} = {split}.diagonal(dim1={first}, dim2={second})")
         summed = [i for i, axis in enumerate(order) if axis not in axes]
         if summed:
-            self.add(f"{split} = {split}.sum(({', '.join(map(str, summed))},))")
+            self.add(f"{split} = {split}.sum(({', '.join(map(str, summed))},), dtype={name}.dtype)")
         kept = [axis for axis in order if axis in axes]
         if tuple(kept) != tuple(axes):
             self.add(f"{split} = {split}.permute({', '.join(str(kept.index(axis)) for axis in axes)})")
@@ -152,7 +158,7 @@ class Writer:
             return self._dot(left, right, order, p, name)
         call, a, b, groups = self._matrices(left, right, p)
         if p.batch_on == "operands":
-            self.add(f"{name} = torch.{call}({a}, {b}).sum(0)")
+            self.add(f"{name} = torch.{call}({a}, {b}).sum(0, dtype={left.name}.dtype)")
             made = Value(name, tuple(axis for group in groups for axis in group), groups)
             return made if p.out == "native" else self.reorder(made, order)
         if p.out == "strided" and strided:
@@ -189,7 +195,7 @@ class Writer:
         """Add one matrix product to a tensor of the product's own shape."""
         call, a, b, groups = self._matrices(left, right, p)
         if p.batch_on == "operands":
-            self.add(f"{name} += torch.{call}({a}, {b}).sum(0)")
+            self.add(f"{name} += torch.{call}({a}, {b}).sum(0, dtype={left.name}.dtype)")
         else:
             self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
         return Value(name, tuple(axis for group in groups for axis in group), groups)
@@ -252,7 +258,7 @@ class Writer:
                     text += f".unsqueeze({i})"
             return text
 
-        self.add(f"{name} = ({spread(left)} * {spread(right)}).sum(-1)")
+        self.add(f"{name} = ({spread(left)} * {spread(right)}).sum(-1, dtype={left.name}.dtype)")
         made = Value(name, batch, tuple((axis,) for axis in batch))
         return made if batch == kept else self.reorder(made, kept)
 

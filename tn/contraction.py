@@ -45,6 +45,10 @@ def _check_backend(name: str) -> None:
         raise OperatorError(unknown("backend", name, BACKENDS))
 
 
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
 @functools.lru_cache(maxsize=4096)
 def program(plan: Plan, backend: str) -> Program | EinsumProgram:
     """The Program of a plan; equal plans share one."""
@@ -139,11 +143,22 @@ class Contraction(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """inputs in spec order → the contraction, plus the bias."""
         result = self._contract(*inputs)
-        return result if self.bias is None else result + self.bias.to(result.dtype)
+        parameters: dict[str, Any] = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look the slow attribute up always)
+        return result if bias is None else result + bias.to(result.dtype)
 
     def _contract(self, *inputs: Tensor) -> Tensor:
         """The contraction alone. torch.compile sees the plain form chosen at construction, never the choice."""
-        operands = self._operands(inputs)
+        if len(inputs) != len(self._inputs) or not all(map(_is_tensor, inputs)):
+            self._refuse(inputs)
+        given = iter(inputs)
+        parameters: dict[str, Any] = self._parameters
+        # a core that is no plain parameter (a parametrisation, a replica of a data-parallel module) is an attribute
+        operands = [
+            next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
+        ]
+        if torch._C._is_any_autocast_enabled():
+            operands = list(autocast(operands))
         if torch.compiler.is_compiling():
             return self._plain(*operands)
         first = operands[0]
@@ -157,20 +172,12 @@ class Contraction(nn.Module):
             self._record(run.plan, operands, result)
         return result
 
-    def _operands(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Inputs and cores in spec order, in the autocast dtype when autocast is on."""
+    def _refuse(self, inputs: tuple[object, ...]) -> None:
         if len(inputs) != len(self._inputs):
             raise OperatorError(f"the layer takes {len(self._inputs)} inputs ({', '.join(self._inputs)}), got {len(inputs)}")
-        for value in inputs:
+        for name, value in zip(self._inputs, inputs, strict=True):
             if not isinstance(value, Tensor):
-                raise OperatorError(f"input {self._inputs[inputs.index(value)]!r} is a {type(value).__name__}, expected a torch.Tensor")
-        given = iter(inputs)
-        parameters: dict[str, Any] = self._parameters
-        # a core that is no plain parameter (a parametrisation, a replica of a data-parallel module) is an attribute
-        operands = [
-            next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
-        ]
-        return list(autocast(operands)) if torch._C._is_any_autocast_enabled() else operands
+                raise OperatorError(f"input {name!r} is a {type(value).__name__}, expected a torch.Tensor")
 
     def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]

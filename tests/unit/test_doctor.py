@@ -59,7 +59,8 @@ def test_other_platforms_packages_are_left_out(monkeypatch):
 
 def test_wrong_numbers_are_broken(monkeypatch):
     real = tn.StructuredLinear.forward
-    monkeypatch.setattr(tn.StructuredLinear, "forward", lambda self, x: real(self, x) + (1e-6 if tn.contraction._forced.get() is None else 0.0))
+    wrong = lambda self, x: real(self, x) + (1e-6 if tn.contraction._forced.get() is None else 0.0)
+    monkeypatch.setattr(tn.StructuredLinear, "forward", wrong)
     check = doctor._layer(torch.device("cpu"))
     assert check.status == "broken"
     assert "do not trust" in check.remedy

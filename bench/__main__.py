@@ -5,12 +5,17 @@ import sys
 import tn
 from bench import execution, flops, throughput
 from tn.errors import unknown
+from zoo.pipes import quiet_pipe
 
 BENCHES = {"execution": execution, "flops": flops, "throughput": throughput}
 
 
 def main(arguments: list[str]) -> int:
-    """Run one bench; returns 0, 1 when a correctness check is red, or 2 after wrong usage."""
+    """Run one bench; returns 0, 1 when a correctness check is red or a file cannot be written, or 2 after wrong usage."""
+    return quiet_pipe(lambda: _command(arguments))
+
+
+def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("benches (python -m bench NAME --help for the flags):")
         for name, module in BENCHES.items():
@@ -25,7 +30,9 @@ def main(arguments: list[str]) -> int:
     except (tn.TnError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except BrokenPipeError:
+        raise
+    except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -3,7 +3,6 @@
 Nothing is computed and no memory is taken: models are traced on the meta device.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def rows(case: Case) -> list[Row]:
 
 def main(arguments: list[str]) -> int:
     """The command: prints the table and adds its rows to bench/results/flops.jsonl."""
-    parser = argparse.ArgumentParser(prog="python -m bench flops", description=__doc__, epilog=models.EPILOG)
+    parser = models.Parser(prog="python -m bench flops", description=__doc__, epilog=models.EPILOG)
     models.add_arguments(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "flops.jsonl", help="file the rows are added to")
     options, rest = parser.parse_known_args(arguments)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from typing import NoReturn
 
 import yaml
 
@@ -45,10 +46,22 @@ class Case:
         return dataclasses.replace(self, config=self.config.override(structure="dense", rank=None))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            zoo.ConfigError: always, with argparse's message.
+        """
+        raise zoo.ConfigError(f"{self.prog}: {message}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a case; `--model.FIELD VALUE` flags are read by `case` from what the parser leaves over."""
     start = "start from a model of the zoo, with BTT layers of rank 1 (default: the demo's shape)"
-    parser.add_argument("--name", choices=zoo.names(), help=start)
+    parser.add_argument("--name", metavar="NAME", help=f"{start}: {', '.join(zoo.names())}")
     parser.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     parser.add_argument("--sequence", type=int, help="tokens of each (default: the model's context)")
 

@@ -4,7 +4,6 @@ All three models take turns in one process, so a ratio compares the same minute 
 must have the plain model's loss, the planned layers the loss of pairwise einsum, and cached logits those of a whole pass.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -178,7 +177,7 @@ def peak(case: Case, name: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """The command: prints the table and adds its rows to bench/results/throughput.jsonl."""
-    parser = argparse.ArgumentParser(prog="python -m bench throughput", description=__doc__, epilog=models.EPILOG)
+    parser = models.Parser(prog="python -m bench throughput", description=__doc__, epilog=models.EPILOG)
     models.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="samples of every number (default 7)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

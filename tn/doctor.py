@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -19,6 +20,7 @@ from tn.settings import cache_folder
 
 DISTRIBUTION = "tn-layers"
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where the package's import name is not its own
+CORE = ("torch", "numpy", "opt_einsum", "cotengra", "quimb", "triton", "transformers", "datasets", "tiktoken", "hypothesis")
 # What the layer's result may differ by from the reference, both in float64, as a fraction of the largest element.
 TOLERANCE = 1e-11
 # What a missing or broken module raises while it is imported.
@@ -47,6 +49,7 @@ def checks() -> Iterator[Check]:
     """
     yield from _python()
     yield from _packages()
+    yield from _unlisted()
     yield from _devices()
     yield from _triton()
     yield from _compiler()
@@ -56,7 +59,19 @@ def checks() -> Iterator[Check]:
 
 
 def main() -> int:
-    """Print the report; returns 1 if anything required is broken, else 0."""
+    """Print the report; returns 1 if anything required is broken, else 0; 141 when the reader of the output (head) has left."""
+    try:
+        try:
+            return _report()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Without this, Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _report() -> int:
     begun, group, broken = time.perf_counter(), "", 0
     for check in checks():
         if check.group != group:
@@ -101,6 +116,25 @@ def _packages() -> Iterator[Check]:
     for line in lines:
         if "extra ==" not in line and not ("sys_platform" in line and f"'{sys.platform}'" not in line.replace('"', "'")):
             yield _package(line)
+
+
+def _unlisted() -> Iterator[Check]:
+    """The ten packages the project is built on, as far as the installed list, which may be older than the source, leaves them out."""
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    listed = {_name(line) for line in lines if "extra ==" not in line}
+    missing = [name for name in CORE if name not in listed and (name != "triton" or sys.platform == "linux")]
+    if missing and lines:
+        detail = f"its installed list of required packages is out of date: it lacks {', '.join(missing)}"
+        yield Check(group="packages", name=DISTRIBUTION, status="note", detail=detail, remedy="pip install -e . -c constraints.txt")
+    for name in missing:
+        yield _package(name)
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement, maxsplit=1)[0].replace("-", "_").lower()
 
 
 def _package(requirement: str) -> Check:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import tn
+import zoo
 from tn.errors import unknown
 from train import cli, data, launch, recipes
 from train.errors import ConfigError, TrainError
+from zoo.pipes import quiet_pipe
 
 _USAGE = """\
 usage: python -m train COMMAND …
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the process's exit status: 0, 2 after a wrong command line, 1 after any other refusal."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        return _command(words)
+        return quiet_pipe(lambda: _command(words))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,8 +78,9 @@ def _command(words: list[str]) -> int:
 def _prepare(words: list[str]) -> None:
     default = recipes.gpt()
     parser = _Parser(prog="python -m train prepare", description="Make the token cache of a corpus ahead of a run.")
+    names = ", ".join(zoo.tokenizer_names())
     parser.add_argument("data", help="stdlib, text:PATH, hf:NAME_OR_PATH or bin:DIR")
-    parser.add_argument("--tokenizer", default=default.tokenizer, help=f"bytes, bpe:N, gpt2 or hf:PATH (default {default.tokenizer})")
+    parser.add_argument("--tokenizer", default=default.tokenizer, help=f"{names} (default {default.tokenizer})")
     parser.add_argument("--cache_dir", "--cache-dir", help="where prepared tokens are kept")
     options = parser.parse_args(words)
     data.prepare_main(options.data, options.tokenizer, cache_dir=options.cache_dir)

@@ -73,6 +73,8 @@ def _problem(path: Path) -> str | None:
         return "no manifest.json"
     except (ValueError, KeyError, TypeError):
         return "manifest.json is damaged"
+    if not isinstance(sizes, dict) or not {"model.safetensors", "state.safetensors", "state.json"} <= sizes.keys():
+        return "manifest.json is damaged"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
@@ -165,11 +167,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
             parameter.copy_(weights[name])
     random_states = {}
     for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
+        kind, _, name = key.partition("/")
+        if kind != "rng" and name not in parameters:
+            raise CheckpointError(f"checkpoint {path}: state.safetensors has {key!r}, which belongs to no parameter")
         if kind == "rng":
             random_states[name] = tensor
         else:
             optimizer.state[parameters[name]][kind] = _like(parameters[name], tensor)
+    if "cpu" not in random_states or {"python", "numpy"} - state.get("rng", {}).keys():
+        raise CheckpointError(f"checkpoint {path} is damaged: it lacks a random state")
     return state, Rng(python=state["rng"]["python"], numpy=state["rng"]["numpy"], torch=random_states)
 
 
@@ -190,6 +196,8 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"cannot read checkpoint {path}: state.json holds a {type(state).__name__}")
     if state.get("format") != _FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {state.get('format')}; this version reads format {_FORMAT}")
     return state

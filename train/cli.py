@@ -32,6 +32,8 @@ def parse(recipe: str, arguments: list[str]) -> RunConfig:
         base = config.merge(base, {"model": registry.config(own["preset"]).to_dict(), "fit_vocab": base.fit_vocab})
     if "config" in own:
         values = config.read(own["config"])
+        if values.get("recipe", recipe) not in list(recipes.names()):
+            raise ConfigError(f"{own['config']}: {unknown('recipe', values['recipe'], recipes.names())}")
         if values.get("recipe", recipe) != recipe:
             other = f"run `python -m train {values['recipe']} --config {own['config']}`"
             raise ConfigError(f"{own['config']} is for recipe {values['recipe']!r}; {other}")
@@ -40,7 +42,7 @@ def parse(recipe: str, arguments: list[str]) -> RunConfig:
         flags = [*flags, "--no_fit_vocab"]
     parsed = config.check(_tyro(recipe, base, flags))
     if parsed.recipe != recipe:
-        raise ConfigError(f"the command decides the recipe: run `python -m train {parsed.recipe}` instead of --recipe")
+        raise ConfigError(f"the command decides the recipe, one of {', '.join(recipes.names())}: leave --recipe out")
     return parsed
 
 

@@ -21,6 +21,10 @@ from train.errors import ConfigError
 
 T = TypeVar("T")
 
+_LARGEST = 2**31 - 1
+"""Of a count: what torch and numpy can index on every platform."""
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -36,9 +40,10 @@ class RunConfig:
     data: str = "stdlib"
     """Training text: stdlib, text:PATH (file or folder), hf:NAME_OR_PATH or bin:DIR (nanoGPT)."""
     tokenizer: str = "bpe:4096"
-    """Tokenizer: bytes, bpe:N (trained on the data), gpt2 or hf:PATH."""
+    """Tokenizer: bytes, bpe:N (trained on the data), gpt2, gpt2:PATH (local files) or hf:PATH."""
     mode: Literal["packed", "padded"] = "packed"
-    """packed: windows of one long token stream. padded: one document per row, padding masked out of the loss."""
+    """packed: windows of one long token stream. padded: one document per row, cut at the context, padding masked
+    out of the loss."""
     cache_dir: str | None = None
     """Where prepared tokens are kept; None is the data code's default folder."""
 
@@ -102,13 +107,22 @@ class RunConfig:
     """Show the live progress bar (a plain line now and then where the output is not a terminal)."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("steps", "batch", "accumulate", "eval_every", "log_every", "checkpoint_every", "keep"):
-            _at_least(self, name, 1)
-        for name in ("sample_every", "sample_length", "seed", "clip", "weight_decay", "lr_floor"):
-            _at_least(self, name, 0)
-        for name in ("warmup", "eval_batches", "base_width", "threads"):
+            _between(self, name, 1, _LARGEST)
+        for name in ("sample_every", "sample_length"):
+            _between(self, name, 0, _LARGEST)
+        for name in ("clip", "weight_decay", "lr_floor"):
+            _between(self, name, 0)
+        _between(self, "seed", 0, 2**63 - 1)
+        for name, least, largest in (("warmup", 0, _LARGEST), ("eval_batches", 1, _LARGEST), ("base_width", 1, _LARGEST)):
             if getattr(self, name) is not None:
-                _at_least(self, name, 0 if name == "warmup" else 1)
+                _between(self, name, least, largest)
+        if self.threads is not None:
+            check_threads(self.threads)
+        for name in ("out", "cache_dir"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is empty: name a folder, or leave it out")
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number; got {getattr(self, name)}")
@@ -134,10 +148,32 @@ class RunConfig:
         return self.batch * self.accumulate * self.model.context
 
 
-def _at_least(config: RunConfig, name: str, least: int) -> None:
+def check_threads(number: int) -> int:
+    """Return a number of CPU threads that torch can be asked for.
+
+    Raises:
+        ConfigError: less than one, or more than any machine has.
+    """
+    if not 1 <= number <= _MOST_THREADS:
+        raise ConfigError(f"threads must be between 1 and {_MOST_THREADS}; got {number}")
+    return number
+
+
+def _check_types(config: RunConfig) -> None:
+    """Make every value exactly of its field's type (a list becomes a tuple, 1 a float), or refuse it."""
+    if not isinstance(config.model, zoo.GPTConfig):
+        raise ConfigError(f"model should be a zoo.GPTConfig; got {config.model!r}")
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        if name != "model" and typing.get_origin(kind) is not Literal:  # those have their own message
+            object.__setattr__(config, name, _coerce(name, getattr(config, name), kind))
+
+
+def _between(config: RunConfig, name: str, least: int, largest: int | None = None) -> None:
     value = getattr(config, name)
     if not least <= value < float("inf"):
         raise ConfigError(f"{name} must be at least {least}; got {value}")
+    if largest is not None and value > largest:
+        raise ConfigError(f"{name} must be at most {largest}; got {value}")
 
 
 def settings(cls: Any = RunConfig) -> Iterator[tuple[str, Any]]:
@@ -172,6 +208,19 @@ def load(path: str | Path, base: RunConfig) -> RunConfig:
     return check(merge(base, read(path)))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: a setting given twice must not silently be the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping, or refuse it."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Return a YAML file's settings as nested data, unchecked except for being a mapping.
 
@@ -179,7 +228,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ConfigError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -274,9 +323,9 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
     if kind is float and (number or isinstance(value, str)):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    elif kind is int and number and math.isfinite(value) and value == int(value):
+    elif kind is int and number and (isinstance(value, int) or (math.isfinite(value) and value == int(value))):
         return int(value)
     elif kind in (bool, str) and isinstance(value, kind):
         return value

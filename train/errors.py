@@ -1,6 +1,8 @@
 """What stops a run, as values a caller can catch. `python -m train` prints each as one line."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,7 +23,25 @@ class CheckpointError(TrainError):
 
 
 class NonFiniteError(TrainError, ArithmeticError):
-    """The loss or a gradient became infinite or NaN; the weights are those from before the update."""
+    """The loss or a gradient became infinite or NaN; the message says after which step, and what was saved."""
+
+
+_TOO_LARGE = ("out of memory", "can't allocate memory", "not enough memory", "calculation overflowed", "multiplication overflowed")
+"""How torch says that a tensor does not fit, in errors that have no type of their own."""
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[None]:
+    """Inside the block, a tensor that does not fit into memory is a RunError of one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(words in text for words in _TOO_LARGE):
+            raise
+        reason = next(iter(text.strip().splitlines()), type(error).__name__)
+        hint = "try a smaller batch, model.context or model.width"
+        raise RunError(f"the run does not fit into memory: {reason}; {hint}") from error
 
 
 class Stopped(SystemExit):

@@ -15,9 +15,9 @@ import zoo
 from train import checkpoint, data, folder, optim, plot, recipes, report, sample
 from train import config as configs
 from train.config import RunConfig
-from train.errors import CheckpointError, ConfigError, RunError
+from train.errors import CheckpointError, ConfigError, RunError, memory
 from train.loop import Position, Task, Trainer
-from train.metrics import read
+from train.metrics import mend, read
 from train.report import Result
 from train.signals import StopRequest
 
@@ -46,7 +46,7 @@ def run(config: RunConfig, *, console: Console | None = None) -> Result:
     _try_model(config)
     source, tokenizer = data.source(config.data), _tokenizer(config)
     path = folder.choose(config)
-    with _threads(config.threads):
+    with _threads(config.threads), memory():
         corpus = data.prepare(source, tokenizer, cache_dir=config.cache_dir, progress=config.progress)
         config = _resolve(config, corpus.tokenizer)
         task = _assemble(config, path, corpus, device)
@@ -54,7 +54,7 @@ def run(config: RunConfig, *, console: Console | None = None) -> Result:
         task.run = folder.make(path, exact=config.out is not None)
         with folder.lock(task.run):
             folder.claim(task.run, configs.dump(config))
-            corpus.tokenizer.save(task.run)
+            _save_tokenizer(corpus.tokenizer, task.run)
             return _train(task, cost, Position(), {}, corpus, console)
 
 
@@ -74,9 +74,11 @@ def resume(path: str | Path, *, threads: int | None = None, console: Console | N
         CheckpointError: its checkpoints are missing or unusable; each is named, nothing is changed.
     """
     console = console or Console()
+    if threads is not None:
+        configs.check_threads(threads)
     path = folder.find(Path(path))
     config = _saved_config(path)
-    with folder.lock(path), _threads(threads or config.threads):
+    with folder.lock(path), _threads(threads or config.threads), memory():
         found = checkpoint.find(path / folder.CHECKPOINTS)
         for broken, reason in found.broken:
             _say(console, f"ignored checkpoint {broken}: {reason}")
@@ -84,9 +86,13 @@ def resume(path: str | Path, *, threads: int | None = None, console: Console | N
         if newest is None:
             return _begin_again(config, path, found, console)
         state = checkpoint.read_state(newest)
+        position = _position(state, newest)
         if (path / folder.RESULT).exists() and state["step"] >= config.steps:
-            _say(console, f"{path} is finished: all {state['step']} steps are done")
-            return report.load(path)
+            result = _finished(path, newest, console)
+            if result is not None:
+                _say(console, f"{path} is finished: all {state['step']} steps are done")
+                return result
+        _check_logs(path, state["lengths"], console)
         _compare_config(console, path, state["config"], config)
         device = _device(config)
         _compare_surroundings(console, state, device)
@@ -96,7 +102,40 @@ def resume(path: str | Path, *, threads: int | None = None, console: Console | N
         rng.restore()
         _say(console, f"continuing {path} from step {state['step']} of {config.steps}")
         cost = report.costs(task.model, config)
-        return _train(task, cost, Position.from_dict(state["position"]), state["lengths"], corpus, console)
+        return _train(task, cost, position, state["lengths"], corpus, console)
+
+
+def _finished(path: Path, newest: Path, console: Console) -> Result | None:
+    """Return a finished run's result; None when its model or result is missing or damaged, and has to be written again."""
+    try:
+        zoo.load(path)
+        return report.load(path)
+    except (zoo.SavedModelError, RunError) as error:
+        _warn(console, f"{error}: it is written again from {newest}")
+        return None
+
+
+def _check_logs(path: Path, lengths: dict[str, int], console: Console) -> None:
+    """Refuse damaged metrics before any work, and warn of logs that have become shorter than the checkpoint says."""
+    for name, length in lengths.items():
+        size = mend(path / name, length)
+        if size < length:
+            _warn(console, f"{path / name} has {size} bytes instead of {length}: what was cut off stays lost, the run goes on")
+    read(path / folder.METRICS, "train", lengths.get(folder.METRICS))
+
+
+def _position(state: dict[str, Any], path: Path) -> Position:
+    """Return where a checkpoint's run is; every part of its state that a resume reads is checked here."""
+    kinds = {"position": dict, "lengths": dict, "fingerprints": dict, "config": dict, "software": dict, "rng": dict}
+    for name, kind in (kinds | {"step": int, "threads": int, "device": str}).items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"checkpoint {path} is damaged: state.json has no usable {name!r}")
+    if {"corpus", "tokenizer"} - state["fingerprints"].keys() or not all(isinstance(length, int) for length in state["lengths"].values()):
+        raise CheckpointError(f"checkpoint {path} is damaged: state.json has no usable 'fingerprints' or 'lengths'")
+    try:
+        return Position.from_dict(state["position"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: the position in state.json is not usable: {error}") from error
 
 
 def _begin_again(config: RunConfig, path: Path, found: checkpoint.Found, console: Console) -> Result:
@@ -108,7 +147,7 @@ def _begin_again(config: RunConfig, path: Path, found: checkpoint.Found, console
     _say(console, f"{path} has no checkpoint yet: starting at step 0")
     corpus = data.prepare(data.source(config.data), _tokenizer(config), cache_dir=config.cache_dir, progress=config.progress)
     task = _assemble(config, path, corpus, _device(config))
-    corpus.tokenizer.save(path)
+    _save_tokenizer(corpus.tokenizer, path)
     (path / folder.METRICS).unlink(missing_ok=True)
     (path / folder.SAMPLES).unlink(missing_ok=True)
     return _train(task, report.costs(task.model, config), Position(), {}, corpus, console)
@@ -125,20 +164,27 @@ def _train(task: Task, cost: dict[str, int], position: Position, lengths: dict[s
         try:
             zoo.save(task.model, task.run, tokenizer=corpus.tokenizer)
             result = report.finish(task.run, position=dataclasses.asdict(position), cost=cost, device=task.device)
-        except OSError as error:
+        except (OSError, zoo.SavedModelError) as error:
             message = f"cannot write the final model to {task.run}: {error}"
             raise RunError(f"{message}; continue with: python -m train resume {task.run}") from error
     report.end(console, result)
     return result
 
 
-def _draw(task: Task, console: Console) -> None:
-    """Write curves.png, however the run ended; a disk that refuses must not hide why it ended."""
-    if not read(task.run / folder.METRICS, "eval"):
-        return
+def _save_tokenizer(tokenizer: zoo.Tokenizer, path: Path) -> None:
     try:
-        plot.plot_runs({task.config.model.structure: task.run}, task.run / "curves.png")
+        tokenizer.save(path)
     except OSError as error:
+        message = f"cannot write the tokenizer to {path}: {error}"
+        raise RunError(f"{message}; continue with: python -m train resume {path}") from error
+
+
+def _draw(task: Task, console: Console) -> None:
+    """Write curves.png, however the run ended; a full disk or a damaged metrics.jsonl must not hide why it ended."""
+    try:
+        if read(task.run / folder.METRICS, "eval"):
+            plot.plot_runs({task.config.model.structure: task.run}, task.run / "curves.png")
+    except (OSError, RunError) as error:
         _warn(console, f"cannot write {task.run / 'curves.png'}: {error}")
 
 
@@ -189,7 +235,8 @@ def _tokenizer(config: RunConfig) -> str | zoo.Tokenizer:
 
 def _try_model(config: RunConfig) -> None:
     """Build the model without memory: structures, ranks and sizes are refused here, before any work."""
-    zoo.GPT(config.model, device="meta")
+    with memory():
+        zoo.GPT(config.model, device="meta")
 
 
 def _device(config: RunConfig) -> torch.device:

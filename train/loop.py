@@ -131,7 +131,7 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            NonFiniteError: before the update; the run is saved.
+            NonFiniteError: before an update, and then the run is saved; or the held-out loss after one, and then it is not.
             Stopped: a signal asked for it; the run is saved.
             CheckpointError, RunError: the disk is full or refuses.
         """
@@ -235,13 +235,26 @@ class Trainer:
             position.best_loss = min(position.best_loss, loss)
         values = {"step": position.step, "loss": loss, "bits_per_byte": bits, "tokens": position.tokens, "seconds": position.seconds}
         self.metrics.record("eval", values)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the held-out loss is {loss}")
         self.bar.say(f"step {position.step}: held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
 
     def _sample(self) -> None:
         config, position = self.task.config, self.position
-        text = sample.text(self.task.model, self.task.tokenizer, self.task.prompt, length=config.sample_length, seed=config.seed)
+        try:
+            text = sample.text(self.task.model, self.task.tokenizer, self.task.prompt, length=config.sample_length, seed=config.seed)
+        except zoo.GenerateError as error:  # its settings were checked before the first step: the logits are not finite
+            raise self._diverged(f"no text can be sampled: {error}") from error
         self.samples.write(f"--- step {position.step}\n{text}\n")
         position.sampled = position.step
+
+    def _diverged(self, what: str) -> NonFiniteError:
+        """Say which step the run stopped after and what is left of it; weights that cannot be used are not saved."""
+        self.bar.close()
+        newest = checkpoint.find(self.task.run / folder.CHECKPOINTS).newest()
+        left = f"the newest checkpoint is {newest}" if newest else "there is no earlier checkpoint"
+        hint = "try a lower lr, a longer warmup or float32"
+        return NonFiniteError(f"stopped after step {self.position.step}: {what}; these weights were not saved, {left}; {hint}")
 
     def _save(self) -> None:
         position, task = self.position, self.task

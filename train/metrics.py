@@ -1,5 +1,6 @@
 """What a run says about itself: metrics.jsonl, one JSON object per line, and the progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,13 @@ from train.errors import RunError
 
 PARTS = ("data", "forward", "backward", "optimizer")
 """The parts of a step's time, in order."""
+
+_NUMBERS = {
+    "train": ("step", "seconds", "loss", "step_seconds", "tokens_per_second", "peak_rss_bytes"),
+    "eval": ("step", "seconds", "loss", "bits_per_byte"),
+}
+"""What is read of a line of metrics.jsonl, by its kind."""
+_MAY_BE_NULL = ("loss", "bits_per_byte")
 
 
 @dataclass
@@ -122,7 +130,7 @@ class Log:
             self._file.write(text.encode())
             self._file.flush()
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error}") from error
+            raise self._unwritable(error) from error
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Add one JSON line: {"kind": kind, …}; NaN and infinities become null, which JSON has."""
@@ -138,19 +146,57 @@ class Log:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error}") from error
+            raise self._unwritable(error) from error
         return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # only what `write` has refused by name can be left to write
+            self._file.close()
+
+    def _unwritable(self, error: OSError) -> RunError:
+        hint = f"free some space, then continue with: python -m train resume {self.path.parent}"
+        return RunError(f"cannot write {self.path}: {error}; {hint}")
 
 
-def read(path: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the lines of one kind ("train" or "eval") of a metrics.jsonl; an unfinished last line is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+def mend(path: Path, length: int) -> int:
+    """Return how many of the `length` bytes that a log should have are there; of a shorter one an unfinished last line is cut off."""
+    size = path.stat().st_size if path.exists() else 0
+    if size >= length:
+        return length
+    if size:
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+    return size
+
+
+def read(path: Path, kind: str, length: int | None = None) -> list[dict[str, Any]]:
+    """Return the lines of one kind ("train" or "eval") of a metrics.jsonl, or of its first `length` bytes.
+
+    An unfinished last line is left out.
+
+    Raises:
+        RunError: a line is damaged; the message has its number.
+    """
+    lines = path.read_bytes()[:length].split(b"\n")[:-1] if path.exists() else []
+    records = [_record(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
     return [record for record in records if record["kind"] == kind]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    """Return a line as a record that has the numbers its kind needs."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # bytes that are not UTF-8 too
+        raise RunError(f"{where} is damaged: {error}; repair it or delete that line") from error
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in _NUMBERS:
+        raise RunError(f"{where} is damaged: it is no record of kind {' or '.join(_NUMBERS)}; repair it or delete that line")
+    for name in _NUMBERS[kind]:
+        value = record.get(name)
+        if not isinstance(value, int | float) and not (name in _MAY_BE_NULL and name in record and value is None):
+            raise RunError(f"{where} is damaged: {name} is {value!r}, not a number; repair it or delete that line")
+    return record
 
 
 class Bar:

@@ -28,6 +28,6 @@ def recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: no such recipe; the nearest one is named.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ConfigError(unknown("recipe", name, names()))
     return RECIPES[name]()

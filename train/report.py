@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 import tn
 from train import folder, metrics
 from train.config import RunConfig
+from train.errors import RunError
 from train.loop import Task
 
 
@@ -116,8 +117,15 @@ def _patterns(names: list[str]) -> list[str]:
 
 
 def finish(run: Path, *, position: Mapping[str, Any], cost: Mapping[str, int], device: torch.device) -> Result:
-    """Gather the result of a run from its metrics, and write result.json, whole."""
+    """Gather the result of a run from its metrics, and write result.json, whole.
+
+    Raises:
+        RunError: metrics.jsonl is damaged, or its lines are lost.
+    """
     lines, held_out = metrics.read(run / folder.METRICS, "train"), metrics.read(run / folder.METRICS, "eval")
+    if not lines or not held_out:
+        lost = f"{run / folder.METRICS} has lost the lines it is made of"
+        raise RunError(f"the final model is written to {run}, but no {folder.RESULT}: {lost}")
     steady = lines[1:] or lines
     step_seconds = median(line["step_seconds"] for line in steady)
     memory = metrics.peak_memory(device)
@@ -143,8 +151,23 @@ def finish(run: Path, *, position: Mapping[str, Any], cost: Mapping[str, int], d
 
 
 def load(run: Path) -> Result:
-    """Return the result that `finish` wrote into a run's folder."""
-    values = json.loads((run / folder.RESULT).read_text(encoding="utf-8"))
+    """Return the result that `finish` wrote into a run's folder.
+
+    Raises:
+        RunError: result.json is damaged; the message names it.
+    """
+    path = run / folder.RESULT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    wanted = {field.name for field in fields(Result)}
+    if not isinstance(values, dict) or values.keys() != wanted:
+        different = sorted(wanted ^ values.keys()) if isinstance(values, dict) else sorted(wanted)
+        raise RunError(f"{path} is damaged: missing or unknown {', '.join(different)}")
+    for name in wanted - {"run"}:
+        if not isinstance(values[name], int | float):
+            raise RunError(f"{path} is damaged: {name} is {values[name]!r}, not a number")
     return Result(**values | {"run": run})
 
 

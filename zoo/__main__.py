@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from zoo.config import GPTConfig
 from zoo.describe import describe
 from zoo.errors import ConfigError, GenerateError
 from zoo.gpt import GPT
+from zoo.pipes import quiet_pipe
 from zoo.registry import config as preset
 
 _EXAMPLES = """examples:
@@ -50,20 +50,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 2 for a mistake in what was asked."""
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-        sys.stdout.flush()
-    except tn.TnError as error:
-        print(f"{options.parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return quiet_pipe(lambda: _run(_parser().parse_args(arguments)))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (head, less) has left; without this, Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        options.run(options)
+    except tn.TnError as error:
+        print(f"{options.parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -186,9 +185,6 @@ def _open(folder: Path, device: torch.device) -> tuple[GPT, zoo.Tokenizer]:
         if not (folder / "tokenizer.json").is_file():
             raise GenerateError(f"{folder / 'tokenizer.json'} is missing: save the model with its tokenizer")
         return model, zoo.load_tokenizer(folder)
-    # Without its files transformers makes an empty tokenizer, which knows no word.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise GenerateError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt is there")
     return zoo.from_pretrained(folder, device=device), zoo.tokenizer(f"hf:{folder}")
 
 
@@ -197,8 +193,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise GenerateError(f"unknown device {name!r}: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise GenerateError(f"device {name!r} cannot be used: use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise GenerateError(f"device {name!r} is not there: this PyTorch sees no CUDA device; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise GenerateError(f"device {name!r} is not there: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 

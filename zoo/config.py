@@ -13,6 +13,9 @@ from zoo.errors import ConfigError
 STRUCTURED = ("all", "all_but_last", "attn", "ffn")
 """Which linear layers take `structure`: all of them, all but the head, those of attention, those of the MLP."""
 
+_LARGEST = 2**31 - 1
+"""Of a size: what every kernel can index."""
+
 _ROLES = {
     "all": ("attention.qkv", "attention.out", "mlp.in", "mlp.out", "head"),
     "all_but_last": ("attention.qkv", "attention.out", "mlp.in", "mlp.out"),
@@ -65,7 +68,7 @@ class GPTConfig:
     bias: bool = True
     """biases in linear layers and norms"""
     structure: str = "dense"
-    """family of the linear layers (tn.structures.names())"""
+    """family of the linear layers: btt, dense or low_rank"""
     rank: int | None = None
     """rank of the structure (default: the structure's own)"""
     structured: str = "all_but_last"
@@ -176,6 +179,8 @@ def _check_type(field: dataclasses.Field[Any], value: object) -> None:
     if kind == "int":
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{field.name}={value!r} must be a whole number of at least 1")
+        if value > _LARGEST:
+            raise ConfigError(f"{field.name}={value!r} must be at most {_LARGEST}")
     elif kind == "float":
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{field.name}={value!r} must be a number")

@@ -107,6 +107,8 @@ def stream(
     sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if length < 0:
         raise GenerateError(f"length={length} must be at least 0")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise GenerateError(f"seed={seed} must be between 0 and {2**63 - 1}")
     if overflow not in OVERFLOW:
         raise GenerateError(tn.errors.unknown("way of overflow", overflow, OVERFLOW))
     total, context = prompt_BS.shape[1] + length, model.config.context

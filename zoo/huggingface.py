@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,9 @@ _FIXED = {
 """Settings of GPT-2 that our model does not vary; a file that has another value is another architecture."""
 
 _REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head")
+
+# What unpickling bytes that are no pickle raises, besides its own error.
+_UNREADABLE = (RuntimeError, EOFError, OSError, struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 _NORMS = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
 _LINEARS = {"attention.out": "attn.c_proj", "mlp.fc_in": "mlp.c_fc", "mlp.fc_out": "mlp.c_proj"}
@@ -167,9 +171,13 @@ def _read_weights(folder: Path, device: torch.device | str) -> tuple[Path, dict[
 
 def _read_shards(index: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        document = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise SavedModelError(f"{index} is truncated or not the index of a model: {error!r}") from error
+    files = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise SavedModelError(f"{index} is not the index of a model: it has no 'weight_map' of tensors' names and files")
+    names = sorted(set(files.values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors.update(read_tensors(index.parent / name, device)[0])
@@ -179,11 +187,14 @@ def _read_shards(index: Path, device: torch.device | str) -> dict[str, Tensor]:
 def _read_pickled(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (*_UNREADABLE, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SavedModelError(f"{path} is truncated or not a PyTorch file of weights: {first}") from error
     if not isinstance(tensors, dict):
         raise SavedModelError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise SavedModelError(f"{path} holds {name!r}: {type(tensor).__name__}, not tensors by name")
     return tensors
 
 

@@ -63,8 +63,9 @@ class Sampler:
         if self.temperature == 0:
             best_B1 = logits_BV.argmax(-1, keepdim=True)
             return torch.zeros_like(logits_BV).scatter_(-1, best_B1, 1.0)
-        # Subtracting the largest first keeps a tiny temperature from overflowing.
-        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature
+        # Subtracting the largest first keeps a tiny temperature from overflowing; one that the dtype rounds to 0 would give 0 / 0.
+        temperature = max(self.temperature, torch.finfo(logits_BV.dtype).tiny)
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
             kth_B1 = logits_BV.topk(self.top_k, dim=-1).values[..., -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,23 +40,52 @@ def save(model: GPT, directory: str | Path, tokenizer: _Saves | None = None) -> 
 
     Args:
         model: the model; its parameters may be on any device and of any dtype.
-        directory: made if need be; files of an earlier save are replaced one by one, each atomically.
+        directory: made if need be. The new files are written whole and flushed in a folder inside it, then renamed over those of an
+            earlier save: `model.safetensors` last but one, `model.json` last.
         tokenizer: anything whose `save(directory)` writes `tokenizer.json`.
 
     Returns:
         the folder.
 
     Raises:
-        SavedModelError: the folder cannot be written; what was there is unchanged.
+        SavedModelError: the folder cannot be written. A full disk leaves what was there unchanged. Only a process that ends, or a
+            disk that refuses, between the renames leaves files of two saves, which `load` refuses by name.
     """
     directory = Path(directory)
     description = json.dumps(describe_model(model), indent=2) + "\n"
     make_folder(directory)
-    if tokenizer is not None:
-        tokenizer.save(directory)
-    write_tensors(directory / "model.safetensors", model.state_dict(), {"format": "pt", "model": description})
-    write_text(directory / "model.json", description)
+    aside = directory / f".saving-{os.getpid()}"
+    writers: list[tuple[str, Callable[[Path], object]]] = [
+        ("model.safetensors", _tensor_writer(model.state_dict(), {"format": "pt", "model": description})),
+        ("model.json", lambda file: file.write_text(description, encoding="utf-8")),
+    ]
+    name = "tokenizer.json"
+    try:
+        aside.mkdir()
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        for name, write in writers:
+            _write_flushed(aside / name, write)
+        _move_into(directory, aside)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SavedModelError(f"cannot write {directory / name}, which is left as it was: {_one_line(error)}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return directory
+
+
+def _move_into(directory: Path, aside: Path) -> None:
+    """Rename every file of a folder into another, the model's two last."""
+    files = sorted(aside.iterdir(), key=lambda path: (path.name == "model.json", path.name == "model.safetensors", path.name))
+    for file in files:
+        if (directory / file.name).is_dir():  # no rename can replace it: refuse before the first one
+            raise SavedModelError(f"cannot write {directory / file.name}: it is a folder")
+    for file in files:
+        try:
+            file.replace(directory / file.name)
+        except OSError as error:
+            raise SavedModelError(f"cannot write {directory / file.name}: {_one_line(error)}") from error
+    _flush(directory)
 
 
 def load(directory: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GPT:
@@ -147,8 +177,12 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; tensors are stored contiguously, in canonical axis order."""
+    _write(path, _tensor_writer(tensors, metadata))
+
+
+def _tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Callable[[Path], object]:
     flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    _write(path, lambda part: safetensors.torch.save_file(flat, str(part), metadata=dict(metadata)))
+    return lambda file: safetensors.torch.save_file(flat, str(file), metadata=dict(metadata))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,11 +205,7 @@ def make_folder(directory: Path) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode  # what the user's umask gives; safetensors would let only the owner read
-        write(part)
-        part.chmod(mode)
-        _flush(part)
+        _write_flushed(part, write)
         part.replace(path)
         _flush(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
@@ -183,6 +213,15 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _write_flushed(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file and wait until it is on the disk."""
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; safetensors would let only the owner read
+    write(path)
+    path.chmod(mode)
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

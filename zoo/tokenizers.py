@@ -13,9 +13,8 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tn.errors import TnError, unknown
+from tn.errors import unknown
+from zoo.tokenizer_base import FILE, FORMAT, VERSION, Tokenizer, TokenizerError, json_object, utf8
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-_FORMAT = "tn-layers tokenizer"
-_VERSION = 1
-_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's split into words, in tiktoken's faster form. `tokenizers`' ByteLevel uses GPT-2's own form; the two differ only in
@@ -45,105 +42,9 @@ _GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 _NAMES = ("bpe:N", "bytes", "gpt2", "gpt2:PATH", "hf:PATH")
+# The vocabularies of tokenizers that transformers makes a tokenizer.json of.
+_OLDER_FILES = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes")
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
-
-
-class TokenizerError(TnError, ValueError):
-    """A tokenizer's name, file, text or token that cannot be used; the message names it."""
-
-
-class Tokenizer(ABC):
-    """Text ↔ token ids.
-
-    Attributes:
-        name: how it was asked for, e.g. "bpe:4096".
-        vocab: number of ids; every id is in range(vocab).
-        end_of_text: the id that ends a document, or None when the tokenizer has none. `encode` never makes it: a text that
-            spells it is encoded as ordinary text.
-    """
-
-    name: str
-    vocab: int
-    end_of_text: int | None
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Encode several texts; faster than one by one. Errors as `encode`."""
-
-    @abstractmethod
-    def decode_bytes(self, ids: ArrayLike) -> bytes:
-        """The UTF-8 bytes of some tokens, which may begin or end inside a character. Errors as `decode`."""
-
-    @property
-    @abstractmethod
-    def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text each token stands for, (vocab,) int64; 0 for special tokens. For bits per byte.
-
-        Exact for byte-level tokenizers. For a tokenizer that normalises text (lower case, added spaces) it counts the
-        token's own text.
-        """
-
-    @abstractmethod
-    def _state(self) -> dict[str, object]:
-        """Everything that decides what the tokenizer does, as JSON; its name is not part of it."""
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text, (tokens,) int32.
-
-        Raises:
-            TokenizerError: not a str, or it holds half of a surrogate pair, which no UTF-8 can.
-
-        >>> tokenizer("bytes").encode("né")
-        array([110, 195, 169], dtype=int32)
-        """
-        return self.encode_batch([text])[0]
-
-    def decode(self, ids: ArrayLike) -> str:
-        """The text of some tokens; bytes that are not UTF-8 become U+FFFD, special tokens their names.
-
-        Args:
-            ids: integers, (tokens,).
-
-        Raises:
-            TokenizerError: an id outside range(vocab).
-
-        >>> tokenizer("bytes").decode([110, 195, 169])
-        'né'
-        """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of the tokenizer by value, in hex."""
-        return _digest(self._state())
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `directory/tokenizer.json`, whole or not at all, and return its path."""
-        path = Path(directory) / _FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            **self._state(),
-        }
-        _write_atomic(path, json.dumps(document, ensure_ascii=False, indent=0).encode())
-        return path
-
-    def _ids(self, ids: ArrayLike) -> list[int]:
-        """Ids as checked Python ints."""
-        array = np.asarray(ids)
-        if array.size == 0:
-            return []
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TokenizerError(f"token ids must be a flat list of integers, got {array.dtype} of shape {array.shape}")
-        for bad in array[(array < 0) | (array >= self.vocab)][:1]:
-            raise TokenizerError(f"token {bad} is outside tokenizer {self.name!r}, which has ids 0 to {self.vocab - 1}")
-        return array.tolist()
-
-    def __repr__(self) -> str:
-        return f"<Tokenizer {self.name!r}, vocab {self.vocab}, end_of_text {self.end_of_text}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,7 +96,7 @@ class ByteTokenizer(Tokenizer):
         return self.tokens + tuple(name.encode() for name in self.specials)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        raw = [_utf8(text) for text in texts]
+        raw = [utf8(text) for text in texts]
         if self.pattern is None:
             return [np.frombuffer(text, dtype=np.uint8).astype(np.int32) for text in raw]
         if len(texts) == 1:
@@ -232,6 +133,8 @@ class HuggingFaceTokenizer(Tokenizer):
     ending: str | None = None
 
     def __post_init__(self) -> None:
+        if not self._runner.get_vocab(with_added_tokens=False):
+            raise TokenizerError(f"tokenizer {self.name!r} has an empty vocabulary: it can encode no text")
         if self.ending is not None and self._runner.token_to_id(self.ending) is None:
             raise TokenizerError(f"tokenizer {self.name!r} has no token {self.ending!r} to end a text with")
 
@@ -274,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         for text in texts:
-            _utf8(text)
+            utf8(text)
         return [np.array(found.ids, dtype=np.int32) for found in self._runner.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
@@ -331,12 +234,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         TokenizerError: missing, damaged, of another format or from a later version; names the file.
     """
     path = Path(directory)
-    path = path / _FILE if path.is_dir() else path
-    document = _json_object(path)
-    if document.get("format") != _FORMAT:
+    path = path / FILE if path.is_dir() else path
+    document = json_object(path)
+    if document.get("format") != FORMAT:
         raise TokenizerError(f"{path} is not in this library's tokenizer format; if Hugging Face wrote it, name it 'hf:{path}'")
-    if document.get("version") != _VERSION:
-        raise TokenizerError(f"{path} has tokenizer format version {document.get('version')}; this library reads version {_VERSION}")
+    if document.get("version") != VERSION:
+        raise TokenizerError(f"{path} has tokenizer format version {document.get('version')}; this library reads version {VERSION}")
     try:
         loaded = _from_state(document)
     except (KeyError, TypeError, AttributeError, binascii.Error) as error:
@@ -419,7 +322,7 @@ def _counted(documents: Iterable[str]) -> Iterator[str]:
     count = 0
     for text in documents:
         if text:
-            _utf8(text)
+            utf8(text)
             count += 1
             yield text
     if count == 0:
@@ -501,22 +404,25 @@ def _from_hugging_face(name: str, path: Path) -> HuggingFaceTokenizer:
     if not path.exists():
         raise TokenizerError(f"tokenizer {name!r}: {path} does not exist; 'hf:PATH' takes a local folder or a tokenizer.json")
     folder = path if path.is_dir() else path.parent
-    file = path / _FILE if path.is_dir() else path
+    file = path / FILE if path.is_dir() else path
     if file.is_file():
-        document = _json_object(file)
-        if document.get("format") == _FORMAT:
+        document = json_object(file)
+        if document.get("format") == FORMAT:
             raise TokenizerError(f"{file} is this library's own tokenizer, not Hugging Face's: read it with zoo.load_tokenizer")
         source = json.dumps(document, ensure_ascii=False)
     else:
         source = _converted(name, folder)
-    known = json.loads(source)
-    spelled = {token["content"] for token in known.get("added_tokens", [])} | set(known.get("model", {}).get("vocab", ()))
-    ending = next((token for token in [_declared_ending(folder), *_END_NAMES] if token in spelled), None)
-    return HuggingFaceTokenizer(name, source, ending)
+    plain = HuggingFaceTokenizer(name, source)
+    names = [token for token in (_declared_ending(folder), *_END_NAMES) if token is not None]
+    return replace(plain, ending=next((token for token in names if plain._runner.token_to_id(token) is not None), None))
 
 
 def _converted(name: str, folder: Path) -> str:
     """The tokenizer.json of a folder that has only older files, made by transformers."""
+    if not any(file.match(pattern) for pattern in _OLDER_FILES for file in folder.iterdir()):
+        # transformers would make a tokenizer without a single word out of the model's config.json alone.
+        looked = ", ".join(_OLDER_FILES)
+        raise TokenizerError(f"tokenizer {name!r}: {folder} has no tokenizer.json, and transformers cannot make one: no {looked} is there")
     import transformers  # late: seconds to import, and only older folders need it
 
     try:
@@ -531,7 +437,7 @@ def _declared_ending(folder: Path) -> str | None:
     """The end-of-text token that a folder's own settings name."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).is_file():
-            token = _json_object(folder / file).get("eos_token")
+            token = json_object(folder / file).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 return token
@@ -554,47 +460,3 @@ def _token_bytes(token: str) -> bytes:
         return bytes(_BYTE_OF[character] for character in token)
     except KeyError as error:
         raise TokenizerError(f"token {token!r} is not byte-level BPE: {error.args[0]!r} stands for no byte") from error
-
-
-def _utf8(text: str) -> bytes:
-    """A text's bytes, checked."""
-    if not isinstance(text, str):
-        raise TokenizerError(f"a text must be a str, got {type(text).__name__}")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TokenizerError(f"character {error.start} of a text is {text[error.start]!r}, half of a surrogate pair") from error
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise TokenizerError(f"there is no {path}") from error
-    except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, it holds a {type(document).__name__}")
-    return document
-
-
-def _digest(value: object) -> str:
-    """sha256 of canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_atomic(path: Path, contents: bytes) -> None:
-    """Replace a file by new contents that are on disk first."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

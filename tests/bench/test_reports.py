@@ -104,7 +104,7 @@ def test_gate_notices_wrong_plans(monkeypatch):
     real = tn.StructuredLinear.forward
 
     def wrong(self, x):
-        return real(self, x) * (1.01 if tn.contraction._forced is None else 1.0)
+        return real(self, x) * (1.01 if tn.contraction._forced.get() is None else 1.0)
 
     monkeypatch.setattr(tn.StructuredLinear, "forward", wrong)
     assert any("pairwise einsum" in line for line in throughput.gate(named, tokens, targets))
@@ -146,3 +146,17 @@ def test_zoo_models_can_be_named():
 
 def test_row_without_a_time():
     assert Row(bench="b", case="c", what="w").tokens_per_second is None
+
+
+@pytest.mark.parametrize("bench", ["flops", "throughput"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--name", "gpt2-smal"], "did you mean 'gpt2-small'?"),
+        (["--batch", "x"], "argument --batch: invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_value_is_one_line(capsys, bench, words, message):
+    assert command.main([bench, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -379,3 +379,19 @@ def test_default_cache_dir(monkeypatch):
     assert default_cache_dir() == Path("/somewhere/tn-layers")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "tn-layers"
+
+
+@pytest.mark.parametrize("change", [{"files": {}}, {"files": []}, {"dtype": None}, {"tokens": None}])
+@pytest.mark.parametrize("lost", ["train.bin", "tokenizer.json"])
+def test_a_manifest_that_lists_too_little_is_damaged(folder, cache, capsys, change, lost):
+    prepare(f"text:{folder}", "bytes", cache_dir=cache)
+    broken = only(cache)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    for key, value in change.items():
+        manifest.pop(key)
+        manifest |= {key: value} if value is not None else {}
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    (broken / lost).unlink()
+    corpus = prepare(f"text:{folder}", "bytes", cache_dir=cache)
+    assert len(corpus.train) > 0
+    assert f"cache {broken} is damaged: manifest.json " in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_a_hugging_face_folder(tmp_path, capsys):
     assert main(["describe", str(tmp_path)]) == 0
     assert "1 × 32 tokens" in capsys.readouterr().out
     assert main(["generate", str(tmp_path), "--prompt", "abc"]) == 2
-    assert "has no tokenizer: neither tokenizer.json nor vocab.json" in capsys.readouterr().err
+    assert "has no tokenizer.json, and transformers cannot make one: no vocab.json" in capsys.readouterr().err
     _hf_tokenizer(tmp_path)
     assert main(["generate", str(tmp_path), "--prompt", "abc", "--length", "5"]) == 0
     assert capsys.readouterr().out.startswith("abc")
@@ -156,3 +156,24 @@ def test_as_a_module_with_a_light_import():
     """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("[]\nusage: python -m zoo")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--device", "mps"], "device 'mps' cannot be used: use cpu, cuda or cuda:N"),
+        (["--device", "meta"], "device 'meta' cannot be used: use cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["--seed", "99999999999999999999999"], "seed=99999999999999999999999 must be between 0 and"),
+        (["--seed", "-1"], "seed=-1 must be between 0 and"),
+    ],
+)
+def test_a_device_or_seed_that_cannot_be_used(folder, capsys, words, message):
+    assert main(["generate", str(folder), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_tiny_temperature(folder, capsys):
+    assert main(["generate", str(folder), "--prompt", "abc", "--length", "3", "--temperature", "1e-300"]) == 0
+    assert capsys.readouterr().out.startswith("abc")

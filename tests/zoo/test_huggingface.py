@@ -180,3 +180,29 @@ def test_missing_and_damaged_files(reference, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(SavedModelError, match=r"model\.safetensors \(5000 bytes\) is truncated"):
         zoo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}'])
+def test_an_index_that_is_none(reference, tmp_path, index):
+    (tmp_path / "config.json").write_text((reference[1] / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(SavedModelError, match=r"index\.json is not the index of a model"):
+        zoo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"junk", b"\x80\x02junk", b"\x00" * 40, b"PK\x03\x04" + b"x" * 40, b"X" * 7, b"\x80\x02J\x00", b"}" * 9]
+)
+def test_junk_instead_of_a_pickle(reference, tmp_path, junk):
+    (tmp_path / "config.json").write_text((reference[1] / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(junk)
+    with pytest.raises(SavedModelError, match=r"pytorch_model\.bin"):
+        zoo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tensors", [{3: torch.ones(2)}, {"wte.weight": 3}])
+def test_a_pickle_that_holds_no_tensors_by_name(reference, tmp_path, tensors):
+    (tmp_path / "config.json").write_text((reference[1] / "config.json").read_text())
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SavedModelError, match=r"pytorch_model\.bin holds .*, not tensors by name"):
+        zoo.from_pretrained(tmp_path)

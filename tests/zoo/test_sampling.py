@@ -85,3 +85,10 @@ def test_draws_follow_the_distribution():
 def test_filtered_tokens_are_never_drawn():
     logits = torch.tensor([3.0, 2.9, -5.0]).expand(5000, 3)
     assert Sampler(min_p=0.5, temperature=1.5).draw(logits, torch.Generator().manual_seed(0)).max() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300, 5e-324])
+def test_a_temperature_that_the_dtype_rounds_to_zero(temperature):
+    """The limit is the most likely token, ties shared."""
+    p = Sampler(temperature=temperature).probabilities(torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 3.0]]))
+    assert p.tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]

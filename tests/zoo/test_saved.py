@@ -200,3 +200,34 @@ def test_files_of_two_saves(tmp_path):
 def test_no_folder(tmp_path):
     with pytest.raises(SavedModelError, match=r"model\.json is missing: there is no folder"):
         zoo.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "model.json"])
+def test_whichever_file_cannot_be_written_the_old_save_still_loads(tmp_path, monkeypatch, file):
+    """Another shape each time: the old weights must still have the description that belongs to them."""
+    model, coder = small(vocab=300), zoo.tokenizer("bytes")
+    zoo.save(model, tmp_path, coder)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real = os.open
+
+    def full(path, *rest, **named):
+        if file in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(SavedModelError, match=rf"{file}, which is left as it was: .*No space left"):
+        zoo.save(small(vocab=300, width=64), tmp_path, coder)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    _same(model, zoo.load(tmp_path))
+
+
+def test_a_folder_in_the_way_is_found_before_the_first_rename(tmp_path):
+    zoo.save(small(), tmp_path)
+    (tmp_path / "model.json").unlink()
+    (tmp_path / "model.json").mkdir()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SavedModelError, match=r"model\.json: it is a folder"):
+        zoo.save(small(seed=5), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -339,3 +339,33 @@ def test_bad_texts_and_ids(coders):
 def test_nothing_to_train_on(documents):
     with pytest.raises(TokenizerError, match="no text to train"):
         tokenizer("bpe:300", documents=lambda: documents)
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, {"vocab.json": {}}])
+def test_a_folder_of_a_model_without_its_tokenizer_is_refused(tmp_path, files):
+    """transformers makes a tokenizer of one token out of config.json alone; training would run on nothing."""
+    for name, document in (files | {"config.json": {"model_type": "gpt2"}}).items():
+        (tmp_path / name).write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match=rf"{tmp_path}.*(no vocab\.json, vocab\.txt, merges\.txt|empty vocabulary|cannot make one)"):
+        tokenizer(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ({"model": None}, "cannot be read"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "has an empty vocabulary"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [1]}, "cannot be read"),
+    ],
+)
+def test_a_hugging_face_tokenizer_that_is_damaged(tmp_path, document, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer(f"hf:{tmp_path}")
+
+
+def test_a_hugging_face_vocabulary_of_pairs(tmp_path):
+    """A unigram model lists [token, score] instead of naming ids."""
+    model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["</s>", -2.0]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    assert tokenizer(f"hf:{tmp_path}").end_of_text == 2

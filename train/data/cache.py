@@ -22,13 +22,18 @@ from tn.settings import cache_folder
 from train.data.documents import SPLITS, DataError, Source, Split
 from train.data.hub import HubUnreachable
 from train.data.sources import BinSource, source
-from train.data.store import fault, read_manifest, say, stored
+from train.data.store import Contents, fault, read_manifest, say, stored
 from zoo.tokenizers import Tokenizer, bpe_size, load_tokenizer, tokenizer
 
 _FORMAT = 1  # a change to how documents are split, joined or stored raises it
 _SAMPLE = 64 * 2**20  # characters of training text that a BPE is trained on
 _GROUP = 4 * 2**20  # characters encoded in one call
 _CHUNK = 2**24  # tokens looked at in one go
+_TOKENIZER = Contents(frozenset({"tokenizer.json"}), frozenset({"data"}))
+_TOKENS = Contents(
+    frozenset({"train.bin", "val.bin", "tokenizer.json"}),
+    frozenset({"data", "note", "tokenizer", "dtype", "documents", "tokens", "bytes"}),
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def prepare(
         coder.save(folder)
         return facts
 
-    folder, manifest, reused = stored(root / "tokens", key, build)
+    folder, manifest, reused = stored(root / "tokens", key, _TOKENS, build)
     facts = {**manifest, "data": origin.name, "note": origin.note}  # the same contents may have been prepared under another name
     return _corpus(folder, facts, coder, reused)
 
@@ -169,7 +174,7 @@ def _tokenizer(name: str, origin: Source, corpus: str, root: Path, progress: boo
         return {"data": origin.name}
 
     key = {"format": _FORMAT, "source": corpus, "bpe": size, "sample": _SAMPLE}
-    folder, _, _ = stored(root / "tokenizers", key, build)
+    folder, _, _ = stored(root / "tokenizers", key, _TOKENIZER, build)
     return load_tokenizer(folder)
 
 
@@ -231,7 +236,7 @@ def _prepared_earlier(root: Path, name: str, wanted: str | Tokenizer, error: Hub
     """The newest complete cache made from a hub name and a tokenizer, while the hub does not answer."""
     manifests = sorted((root / "tokens").glob("[0-9a-f]*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for folder in (path.parent for path in manifests):
-        if fault(folder) is not None:
+        if fault(folder, _TOKENS) is not None:
             continue
         facts = read_manifest(folder)
         same = facts["tokenizer"] == wanted if isinstance(wanted, str) else facts["key"]["tokenizer"] == wanted.fingerprint

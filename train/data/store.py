@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,17 @@ def folder_name(key: dict[str, object]) -> str:
     return hashlib.sha256(canonical(key).encode()).hexdigest()[:32]
 
 
-def stored(parent: Path, key: dict[str, object], build: Callable[[Path], dict[str, object]]) -> tuple[Path, dict[str, Any], bool]:
+@dataclass(frozen=True)
+class Contents:
+    """What a complete folder of some kind has: these files, and these facts in its manifest."""
+
+    files: frozenset[str]
+    facts: frozenset[str]
+
+
+def stored(
+    parent: Path, key: dict[str, object], contents: Contents, build: Callable[[Path], dict[str, object]]
+) -> tuple[Path, dict[str, Any], bool]:
     """The complete folder of a key, built when there is none.
 
     A damaged folder is moved aside (`….damaged-1`), with a line on stderr that names it; nothing is overwritten.
@@ -40,6 +51,7 @@ def stored(parent: Path, key: dict[str, object], build: Callable[[Path], dict[st
     Args:
         parent: where folders are kept.
         key: what decides the contents.
+        contents: what there must be; a folder that lacks any of it is damaged.
         build: writes the files into the folder it is given and returns facts for the manifest.
 
     Returns:
@@ -49,21 +61,24 @@ def stored(parent: Path, key: dict[str, object], build: Callable[[Path], dict[st
         DataError: the disk is full or not writable; what was half built is removed. Whatever `build` raises.
     """
     folder = parent / folder_name(key)
-    if folder.exists() and fault(folder) is None:
+    if folder.exists() and fault(folder, contents) is None:
         return folder, read_manifest(folder), True
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder) as alone:
-            reused = _open_or_build(folder, key, build, alone)
+            reused = _open_or_build(folder, key, contents, build, alone)
     except OSError as error:
         raise DataError(f"cache {folder} cannot be written: {error.strerror or error}") from error
     return folder, read_manifest(folder), reused
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, contents: Contents) -> str | None:
     """What is wrong with a folder, or None when it is complete."""
     try:
         manifest = read_manifest(folder)
+        for what, wanted, found in (("file", contents.files, manifest["files"]), ("fact", contents.facts | {"key"}, manifest)):
+            if lost := sorted(wanted - found.keys()):
+                return f"{MANIFEST} lists no {what} {lost[0]!r}"
         for name, size in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -85,13 +100,15 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _open_or_build(folder: Path, key: dict[str, object], build: Callable[[Path], dict[str, object]], alone: bool) -> bool:
+def _open_or_build(
+    folder: Path, key: dict[str, object], contents: Contents, build: Callable[[Path], dict[str, object]], alone: bool
+) -> bool:
     """Build a folder unless it is complete; the caller holds its lock. Returns whether it was complete already."""
     if alone:
         for abandoned in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
     if folder.exists():
-        wrong = fault(folder)
+        wrong = fault(folder, contents)
         if wrong is None:
             return True
         say(f"cache {folder} is damaged: {wrong}. It is moved to {_move_aside(folder).name} and prepared again.")
@@ -106,7 +123,7 @@ def _open_or_build(folder: Path, key: dict[str, object], build: Callable[[Path],
         try:
             temporary.rename(folder)
         except OSError as error:  # only where locks do not work: another process was first
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or fault(folder) is not None:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or fault(folder, contents) is not None:
                 raise
             return True
         _sync(folder.parent)

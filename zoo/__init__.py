@@ -4,6 +4,7 @@ from zoo.cache import KVCache
 from zoo.config import GPTConfig
 from zoo.describe import Description, describe
 from zoo.errors import CacheError, ConfigError, GenerateError, SavedModelError
+from zoo.functional import functional
 from zoo.generate import generate, stream, stream_text
 from zoo.gpt import GPT
 from zoo.huggingface import from_pretrained, to_pretrained
@@ -27,6 +28,7 @@ __all__ = [
     "create",
     "describe",
     "from_pretrained",
+    "functional",
     "generate",
     "load",
     "load_tokenizer",

@@ -10,6 +10,8 @@ from tn.pairing import ideal, pair
 
 _ORDERS = 12  # orders of an intermediate that are tried
 _ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
+# A forward step weighs more than a gradient of the same cost: it runs again where its result is not kept, and alone in evaluation.
+_FORWARD = 1.5
 
 Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
 
@@ -20,7 +22,7 @@ def choose(
     """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree.
 
     Returns:
-        (predicted seconds of the forward steps and of the gradients that are needed, the order of every SSA value).
+        (cost: predicted seconds of the needed gradients and 1.5 times those of the forward steps, the order of every SSA value).
     """
     steps = [*steps_of(path, inputs, output)]
     count = len(inputs)
@@ -44,7 +46,7 @@ def choose(
 
 
 def bound(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine) -> float:
-    """Seconds of a tree in which no step copies: no layout of it is faster."""
+    """Cost (see `choose`) of a tree in which no step copies: no layout of it is cheaper."""
     axes, needs, total = [*map(tuple, inputs)], list(grads), 0.0
     for left, right, out in steps_of(path, inputs, output):
         total += _ideal(axes[left], axes[right], out, needs[left], needs[right], sizes, machine)
@@ -64,7 +66,7 @@ def _best(
             floor = floor or _ideal(left, right, order, left_needs, right_needs, sizes, machine)
             if left_cost + right_cost + floor >= found[0]:
                 break
-            seconds = left_cost + right_cost + pair(left, right, order, sizes, machine).seconds
+            seconds = left_cost + right_cost + _FORWARD * pair(left, right, order, sizes, machine).seconds
             if left_needs:
                 seconds += pair(order, right, left, sizes, machine).seconds
             if right_needs:
@@ -80,8 +82,8 @@ def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
 
 def _ideal(left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine) -> float:
     """Seconds of a step and its gradients if no layout were in the way."""
-    needed = ((left, right, out, True), (out, right, left, left_needs), (left, out, right, right_needs))
-    return (1 - 1e-9) * sum(ideal(a, b, c, sizes, machine) for a, b, c, wanted in needed if wanted)
+    needed = ((left, right, out, _FORWARD), (out, right, left, left_needs), (left, out, right, right_needs))
+    return (1 - 1e-9) * sum(weight * ideal(a, b, c, sizes, machine) for a, b, c, weight in needed if weight)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:

@@ -249,15 +249,15 @@ def _plan(
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, grads=needs, machine=table, method=search, seed=seed)
-    plans: list[Plan] = []
+    plans: list[tuple[float, Plan]] = []
     for least, path in sorted((bound(path, leaves, output, size, needs, table), path) for path in paths):
-        if goal == "time" and plans and least >= min(p.seconds for p in plans):
+        if goal == "time" and plans and least >= min(cost for cost, _ in plans):
             break
-        _, orders = choose(path, leaves, output, size, needs, table)
-        plans.append(Plan(network, sizes, grad, goal, search, path, orders, table))
+        cost, orders = choose(path, leaves, output, size, needs, table)
+        plans.append((cost, Plan(network, sizes, grad, goal, search, path, orders, table)))
     if goal == "flops":
-        return min(plans, key=lambda p: (p.flops + p.backward_flops, p.seconds))
-    return min(plans, key=lambda p: (p.seconds, p.flops))
+        return min(plans, key=lambda entry: (entry[1].flops + entry[1].backward_flops, entry[0]))[1]
+    return min(plans, key=lambda entry: (entry[0], entry[1].flops))[1]
 
 
 def _table(plan: Plan) -> str:

@@ -41,24 +41,24 @@ class _Tiled:
     def rowwise(self, value: int) -> bool:
         return ROWS in self.plan.orders[value]
 
-    def split(self, name: str, order: Axes) -> tuple[Axes, ...]:
+    def split(self, order: Axes) -> tuple[Axes, ...]:
         """Dimensions of a tensor with rows: the rows, and everything else."""
         return ((ROWS,), tuple(order[1:])) if len(order) > 1 else ((ROWS,),)
 
     def whole(self, name: str, order: Axes) -> Value:
         """A new tensor for all rows, made before the loop; inside, the tile of it."""
-        dims = self.split(name, order)
+        dims = self.split(order)
         shape = ["rows", *(self.writer.extent(dim) for dim in dims[1:])]
         self.prepare(f"{name} = {self.first}.new_empty({tuple_of(shape)})")
         return self.tile(name, name, order)
 
     def tile(self, name: str, source: str, order: Axes) -> Value:
         self.writer.add(f"{name}_t = {source}[start : start + n]")
-        return Value(f"{name}_t", order, self.split(name, order))
+        return Value(f"{name}_t", order, self.split(order))
 
     def flatten(self, source: str, name: str, order: Axes) -> None:
         """A view of an operand with its leading dimensions as rows."""
-        shape = ["rows", *(self.writer.extent(dim) for dim in self.split(name, order)[1:])]
+        shape = ["rows", *(self.writer.extent(dim) for dim in self.split(order)[1:])]
         self.prepare(f"{name} = {source}.reshape({tuple_of(shape)})")
 
     def buffer(self, name: str, order: Axes) -> str:

@@ -1,6 +1,5 @@
 """Execution: structured layers against torch.einsum, opt_einsum and cotengra, and BTT against dense and a hand-written function."""
 
-import argparse
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +12,10 @@ import tn
 from bench.cases import LAYERS, ROWS, Layer
 from bench.handwritten import TiledBTT
 from bench.libraries import einsum_peers
+from bench.models import Parser
 from bench.row import RESULTS, Row, append, wide_console
 from bench.timing import interleaved
+from tn.errors import unknown
 
 BTT = ((1024, 4096, (1, 4)), (4096, 2048, (1, 4)))  # width, rows, ranks
 TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function, the best of 64 to 1024 on two cores
@@ -120,13 +121,18 @@ def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
 
 def main(arguments: list[str]) -> int:
     """Time, print and store; returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench execution", description=__doc__)
+    parser = Parser(prog="python -m bench execution", description=__doc__)
     parser.add_argument("--family", default="", help="only families whose name starts with this (BTT, TT, Tucker, CP, Monarch)")
     parser.add_argument("--width", type=int, nargs="*", help="only these widths")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="rows of the einsum cases (default: 16 256 4096)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
     parser.add_argument("--out", type=Path, default=RESULTS / "execution.jsonl", help="file the rows are added to")
     given = parser.parse_args(arguments)
+    families = sorted({layer.family for layer in LAYERS} | {"BTT"})
+    if not any(family.lower().startswith(given.family.lower()) for family in families):
+        raise ValueError(unknown("family", given.family, families))
+    if min([given.rounds, *given.rows]) < 1:
+        raise ValueError(f"rows and rounds are counts of at least 1, got {given.rows} and {given.rounds}")
     console = wide_console()
     found: list[Row] = []
     torch.manual_seed(0)

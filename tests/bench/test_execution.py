@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tn
+from bench.__main__ import main as bench_main
 from bench.cases import LAYERS
 from bench.execution import check, main
 from bench.handwritten import TiledBTT
@@ -50,3 +51,17 @@ def test_rows_are_printed_and_stored(tmp_path, capsys):
         (f"CP 512 /{saving}", what) for saving in (4, 16) for what in ("forward", "forward + backward")
     }
     assert "geometric mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--family", "Tuker"], "unknown family 'Tuker': did you mean 'Tucker'?"),
+        (["--rows", "0"], "rows and rounds are counts of at least 1"),
+        (["--rounds", "x"], "--rounds"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, message, capsys):
+    assert bench_main(["execution", *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1

@@ -18,7 +18,7 @@ from bench.timing import interleaved
 from tn.errors import unknown
 
 BTT = ((1024, 4096, (1, 4)), (4096, 2048, (1, 4)))  # width, rows, ranks
-TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function, the best of 64 to 1024 on two cores
+TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function; not swept for it
 
 Run = Callable[[], object]
 

@@ -44,8 +44,9 @@ class Machine:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Two cores of an AVX-512 server CPU, torch 2.13, MKL, fp32: large products 190 GFLOP/s, a product whose inner extent is 32 about
-# half of that, contiguous copies 30 GB/s and permuting ones 8 GB/s (measured with two threads, medians).
+# Two cores of an AVX-512 server CPU, torch 2.13, MKL, fp32. `peak` is what `python -m bench throughput` shows for dense layers (two
+# threads). The bandwidths were measured with one thread on such a machine. `small`, `launch` and `item` are estimates, and `cache` comes from a
+# sweep of tiles (LOG.md): no step's predicted time has been compared with its measured one yet.
 GENERIC_CPU = Machine(
     name="generic-cpu",
     peak=1.9e11,

@@ -45,8 +45,8 @@ class Machine:
 
 
 # Two cores of an AVX-512 server CPU, torch 2.13, MKL, fp32. `peak` is what `python -m bench throughput` shows for dense layers (two
-# threads). The bandwidths were measured with one thread on such a machine. `small`, `launch` and `item` are estimates, and `cache` comes from a
-# sweep of tiles (LOG.md): no step's predicted time has been compared with its measured one yet.
+# threads). The bandwidths were measured with one thread on such a machine. `small`, `launch` and `item` are estimates, and `cache`
+# comes from a sweep of tiles (LOG.md): no step's predicted time has been compared with its measured one yet.
 GENERIC_CPU = Machine(
     name="generic-cpu",
     peak=1.9e11,

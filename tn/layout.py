@@ -1,40 +1,65 @@
 """Layouts: the memory order of every intermediate, chosen over the whole tree so that matrix products need no copy (see tn.pairing)."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tn.machine import Machine
 from tn.order import Axes, Path, steps_of
 from tn.pairing import ideal, pair
+from tn.spec import ROWS
 
 _ORDERS = 12  # orders of an intermediate that are tried
 _ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
-# A forward step weighs more than a gradient of the same cost: it runs again where its result is not kept, and alone in evaluation.
-_FORWARD = 1.5
 
 Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
 
 
-def choose(
-    path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine
-) -> tuple[float, tuple[Axes, ...]]:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a tree is laid out for.
+
+    Attributes:
+        inputs, output: axes of the operands and the result. grads: which operands need a gradient.
+        sizes: of every axis; with tiles, the rows are those of a tile. tiles: how often a step with rows runs.
+        machine: prices the steps.
+    """
+
+    inputs: tuple[Axes, ...]
+    output: Axes
+    sizes: Mapping[str, int]
+    grads: tuple[bool, ...]
+    machine: Machine
+    tiles: float = 1.0
+
+    def weights(self, left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool) -> tuple[float, float, float]:
+        """How often a step, the gradient of its left and that of its right operand run. A tile makes its intermediates again."""
+        often = self.tiles if ROWS in left or ROWS in right else 1.0
+        again = any(self.grads) and self.tiles > 1 and often > 1 and set(out) != set(self.output)
+        return often * (1 + again), often * left_needs, often * right_needs
+
+
+def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
     """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree.
 
     Returns:
-        (cost: predicted seconds of the needed gradients and 1.5 times those of the forward steps, the order of every SSA value).
+        (predicted seconds of the steps and the needed gradients, the order of every SSA value).
     """
+    inputs, output = job.inputs, job.output
     steps = [*steps_of(path, inputs, output)]
     count = len(inputs)
     parent = {operand: number for number, (left, right, _) in enumerate(steps) for operand in (left, right)}
-    needs = list(grads)
-    table: list[Costs] = [{tuple(t): (0.0, (), ())} for t in inputs]
-    axes = [*map(tuple, inputs), *(out for _, _, out in steps)]
-    for number, (left, right, _out) in enumerate(steps):
+    needs = list(job.grads)
+    table: list[Costs] = [{t: (0.0, (), ())} for t in inputs]
+    axes = [*inputs, *(out for _, _, out in steps)]
+    for number, (left, right, out) in enumerate(steps):
         value = count + number
-        orders = [tuple(output)] if value not in parent else _orders(value, steps, parent, axes, count, output)
+        orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
         needs.append(needs[left] or needs[right])
-        table.append({order: _best(table[left], table[right], order, needs[left], needs[right], sizes, machine) for order in orders})
+        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
+        table.append({order: _best(table[left], table[right], order, weights, job) for order in orders})
     chosen: list[Axes] = [()] * len(axes)
     chosen[-1] = next(iter(table[-1]))
     for number in reversed(range(len(steps))):
@@ -45,32 +70,29 @@ def choose(
     return next(iter(table[-1].values()))[0], tuple(chosen)
 
 
-def bound(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine) -> float:
-    """Cost (see `choose`) of a tree in which no step copies: no layout of it is cheaper."""
-    axes, needs, total = [*map(tuple, inputs)], list(grads), 0.0
-    for left, right, out in steps_of(path, inputs, output):
-        total += _ideal(axes[left], axes[right], out, needs[left], needs[right], sizes, machine)
+def bound(path: Path, job: Job) -> float:
+    """Cost (see `choose`) of a tree whose every step runs in its own best layout."""
+    axes, needs, total = [*job.inputs], list(job.grads), 0.0
+    for left, right, out in steps_of(path, job.inputs, job.output):
+        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
+        total += _ideal(axes[left], axes[right], out, weights, job)
         axes.append(out)
         needs.append(needs[left] or needs[right])
     return total
 
 
-def _best(
-    lefts: Costs, rights: Costs, order: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine
-) -> tuple[float, Axes, Axes]:
-    """The cheapest orders of both operands for one order of the result. Pairs that could not win even without a copy are left out."""
+def _best(lefts: Costs, rights: Costs, order: Axes, weights: tuple[float, float, float], job: Job) -> tuple[float, Axes, Axes]:
+    """The cheapest orders of both operands for one order of the result. Pairs that could not win even in their best layout are left out."""
     found: tuple[float, Axes, Axes] = (math.inf, (), ())
-    floor = 0.0
+    floor = _ideal(next(iter(lefts)), next(iter(rights)), order, weights, job)
     for left, (left_cost, *_) in sorted(lefts.items(), key=_cost):
         for right, (right_cost, *_) in sorted(rights.items(), key=_cost):
-            floor = floor or _ideal(left, right, order, left_needs, right_needs, sizes, machine)
             if left_cost + right_cost + floor >= found[0]:
                 break
-            seconds = left_cost + right_cost + _FORWARD * pair(left, right, order, sizes, machine).seconds
-            if left_needs:
-                seconds += pair(order, right, left, sizes, machine).seconds
-            if right_needs:
-                seconds += pair(left, order, right, sizes, machine).seconds
+            needed = ((left, right, order), (order, right, left), (left, order, right))
+            seconds = left_cost + right_cost
+            for weight, (a, b, c) in zip(weights, needed, strict=True):
+                seconds += weight * pair(a, b, c, job.sizes, job.machine).seconds if weight else 0.0
             if seconds < found[0]:
                 found = (seconds, left, right)
     return found
@@ -80,10 +102,10 @@ def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
     return entry[1][0]
 
 
-def _ideal(left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool, sizes: Mapping[str, int], machine: Machine) -> float:
+def _ideal(left: Axes, right: Axes, out: Axes, weights: tuple[float, float, float], job: Job) -> float:
     """Seconds of a step and its gradients if no layout were in the way."""
-    needed = ((left, right, out, _FORWARD), (out, right, left, left_needs), (left, out, right, right_needs))
-    return (1 - 1e-9) * sum(weight * ideal(a, b, c, sizes, machine) for a, b, c, weight in needed if weight)
+    needed = ((left, right, out), (out, right, left), (left, out, right))
+    return sum(weight * ideal(a, b, c, job.sizes, job.machine) for weight, (a, b, c) in zip(weights, needed, strict=True) if weight)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:
@@ -104,14 +126,18 @@ def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes]
         atoms[group(axis)] = (*atoms.get(group(axis), ()), axis)
     keys = sorted(atoms, key=lambda key: ranked.index(atoms[key][0]))
 
-    def broken(order: Sequence[tuple]) -> int:
-        """How many groups of either step are split in this order: 0 is copy-free on both sides."""
-        return sum(_changes([key[side : side + 2] for key in order]) for side in (0, 2))
-
     limit = _ORDERS if left < count or right < count else _ORDERS_INNER
-    tried = itertools.islice(itertools.permutations(keys), 5040)
-    best = sorted(tried, key=broken)[:limit]
-    return [tuple(axis for key in order for axis in atoms[key]) for order in best]
+    return [tuple(axis for place in order for axis in atoms[keys[place]]) for order in _least_broken(tuple(keys))[:limit]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _least_broken(keys: tuple[tuple[bool, bool, bool, bool], ...]) -> list[tuple[int, ...]]:
+    """Permutations of atoms, those first that split the fewest groups of either step: without a split, neither step copies."""
+
+    def broken(order: tuple[int, ...]) -> int:
+        return sum(_changes([keys[place][side : side + 2] for place in order]) for side in (0, 2))
+
+    return sorted(itertools.islice(itertools.permutations(range(len(keys))), 5040), key=broken)[:_ORDERS]
 
 
 def _changes(labels: Sequence[tuple]) -> int:

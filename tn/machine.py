@@ -1,76 +1,155 @@
 """What a device can do: the rates that turn FLOPs and bytes into predicted seconds. A plan's costs are a pure function of this table."""
 
-import dataclasses
+import bisect
+import functools
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
+from tn.errors import PlanError
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Extents of m, n and k in the tables of products. Libraries have slow paths for few columns, so n has the most.
+EXTENTS = ((1, 4, 16, 64, 256, 1024), (1, 2, 4, 8, 16, 64, 256, 1024), (1, 4, 16, 64, 256, 1024))
+SHAPES = tuple(itertools.product(*EXTENTS))
+READS = ("NN", "NT", "TN", "TT")  # how the two operands lie in memory: N has its last extent adjacent, T its first
+FORMAT = 1  # of the JSON
+
+Table = tuple[tuple[float, ...], ...]  # one line for each of READS: seconds of every one of SHAPES
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Machine:
-    """Rates of one device at one dtype.
+    """Measured rates of one device at one dtype and number of threads.
 
     Attributes:
-        peak: FLOP/s of a large matrix product. small: inner extent at which a product still reaches about half of `peak`.
-        copy: bytes/s of a contiguous copy, reads and writes counted. permute: bytes/s of a copy that reorders axes.
-        launch: seconds a call of one operator takes before it computes. item: seconds per batch item when a product writes
-        into a strided output, which torch runs as a loop of matrix products.
-        cache: bytes of intermediates worth keeping close; larger ones are made and used tile by tile of rows. 0 where that does not pay.
+        mm: seconds of one product (m, k) × (k, n) with operands in cache, by READS and extents.
+        bmm: seconds of one item of a batch of such products. call: seconds a batched call takes besides.
+        copy: bytes/s of a copy that keeps the last axis, reads and writes counted. transpose: of one that moves it.
+        multiply: bytes/s of an elementwise product, reads and writes counted. element: seconds an operator on elements takes besides.
+        view: seconds of making a view of a tensor.
+        near: bytes of a tensor that are still in cache when a step reads it. far: bytes/s of reading or writing what is not.
+        fresh: bytes/s of first touching new memory, which a tensor of `paged` bytes or more always is.
+        tiles: whether working on a tile of rows at a time can pay.
         source: where the numbers come from.
     """
 
     name: str
-    peak: float
-    small: int
+    mm: Table
+    bmm: Table
+    call: float
     copy: float
-    permute: float
-    launch: float
-    item: float
-    cache: int
+    transpose: float
+    multiply: float
+    element: float
+    view: float
+    near: int
+    far: float
+    fresh: float
+    paged: int
+    tiles: bool
     source: str
 
-    def product(self, batch: int, m: int, n: int, k: int) -> float:
-        """Seconds of `batch` matrix products (m, k) × (k, n)."""
-        efficiency = 1.0
-        for extent in (m, n, k):
-            efficiency *= extent / (extent + self.small)
-        return 2 * batch * m * n * k / (self.peak * max(efficiency, 1e-4))
+    def product(self, m: int, n: int, k: int, reads: str = "NN") -> float:
+        """Seconds of one product (m, k) × (k, n), operands in cache."""
+        return _seconds(self, "mm", READS.index(reads), m, n, k)
 
-    @property
+    def item(self, m: int, n: int, k: int, reads: str = "NN") -> float:
+        """Seconds of one item of a batch of such products."""
+        return _seconds(self, "bmm", READS.index(reads), m, n, k)
+
+    def traffic(self, size: int, new: bool = False) -> float:
+        """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
+        seconds = max(size - self.near, 0) / self.far
+        return seconds + size / self.fresh if new and size >= self.paged else seconds
+
+    @functools.cached_property
     def digest(self) -> str:
         """A hash of every number, stored with plans."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Machine) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def to_json(self) -> str:
+        """Canonical JSON; `Machine.from_json` reads it."""
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps({"format": FORMAT, **value}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Machine":
+        """The table that `to_json` wrote. Raises PlanError for another format or tables of another size."""
+        value = json.loads(text)
+        if value.pop("format", None) != FORMAT:
+            raise PlanError(f"machine table of another format, this version reads {FORMAT}")
+        for key in ("mm", "bmm"):
+            value[key] = tuple(tuple(line) for line in value[key])
+            if [len(line) for line in value[key]] != [len(SHAPES)] * len(READS):
+                raise PlanError(f"machine table {value.get('name')!r}: {key} needs {len(READS)} lines of {len(SHAPES)} numbers")
+        return cls(**value)
+
+    def __repr__(self) -> str:
+        return f"Machine({self.name!r}, {self.source!r})"
 
 
-# Two cores of an AVX-512 server CPU, torch 2.13, MKL, fp32. `peak` is what `python -m bench throughput` shows for dense layers (two
-# threads). The bandwidths were measured with one thread on such a machine. `small`, `launch` and `item` are estimates, and `cache`
-# comes from a sweep of tiles (LOG.md): no step's predicted time has been compared with its measured one yet.
-GENERIC_CPU = Machine(
-    name="generic-cpu",
-    peak=1.9e11,
-    small=24,
-    copy=3.0e10,
-    permute=8.0e9,
-    launch=4e-6,
-    item=2e-6,
-    cache=4 << 20,
-    source="2 cores AVX-512, torch 2.13, fp32",
-)
-# Not measured by this project yet: the vendor's figures, reduced to what large products commonly reach.
-H200 = Machine(
-    name="h200", peak=5e13, small=64, copy=4.0e12, permute=2.0e12, launch=5e-6, item=5e-6, cache=0, source="vendor figures, not measured"
-)
+@functools.lru_cache(maxsize=1 << 17)
+def _seconds(table: Machine, kind: str, line: int, m: int, n: int, k: int) -> float:
+    """A table read between its extents: the logarithm of the time is linear in the logarithm of each extent; beyond the last extent the
+    time grows with it."""
+    times = table.mm[line] if kind == "mm" else table.bmm[line]
+    corners, beyond = [(0, 1.0)], 1.0
+    for extent, marks in zip((m, n, k), EXTENTS, strict=True):
+        beyond *= max(extent / marks[-1], 1.0)
+        extent = min(max(extent, 1), marks[-1])
+        low = min(bisect.bisect_right(marks, extent), len(marks) - 1) - 1
+        part = math.log(extent / marks[low]) / math.log(marks[low + 1] / marks[low])
+        ends = ((low, 1 - part), (low + 1, part))
+        corners = [(at * len(marks) + end, weight * share) for at, weight in corners for end, share in ends if share]
+    return beyond * math.exp(sum(weight * math.log(times[at]) for at, weight in corners))
 
 
+def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: float, source: str) -> Machine:
+    """A table from a few figures, for devices that were not measured: FLOP/s of a large product, the inner extent at which a product
+    still reaches about half of it, bytes/s of memory, and seconds an operator takes to start."""
+
+    def seconds(m: int, n: int, k: int) -> float:
+        efficiency = math.prod(extent / (extent + small) for extent in (m, n, k))
+        return 2 * m * n * k / (peak * max(efficiency, 1e-4))
+
+    items = tuple(itertools.starmap(seconds, SHAPES))
+    singles = tuple(launch + seconds for seconds in items)
+    return Machine(
+        name=name,
+        mm=(singles,) * len(READS),
+        bmm=(items,) * len(READS),
+        call=launch,
+        copy=bandwidth,
+        transpose=bandwidth / 2,
+        multiply=bandwidth,
+        element=launch,
+        view=1e-6,
+        near=0,
+        far=bandwidth,
+        fresh=math.inf,
+        paged=0,
+        tiles=False,
+        source=source,
+    )
+
+
+@functools.cache
 def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """The built-in table for a device and dtype.
-
-    Rates of tensor-core dtypes on CUDA are scaled from fp32 by the vendor's ratio; on a CPU every dtype uses the fp32 rates.
-    """
+    """The built-in table for a device and dtype. On a CPU every dtype uses the fp32 rates, measured with two threads."""
     if torch.device(device).type != "cuda":
-        return GENERIC_CPU
-    if dtype in (torch.bfloat16, torch.float16):
-        return dataclasses.replace(H200, name="h200-half", peak=7e14, small=128)
-    return H200
+        return Machine.from_json((Path(__file__).parent / "machines" / "cpu.json").read_text(encoding="utf-8"))
+    # Not measured by this project yet: the vendor's figures, reduced to what large products commonly reach.
+    half = dtype in (torch.bfloat16, torch.float16)
+    name, peak, small = ("h200-half", 7e14, 128) if half else ("h200", 5e13, 64)
+    return roofline(name, peak=peak, small=small, bandwidth=4e12, launch=5e-6, source="vendor figures, not measured")

@@ -1,4 +1,4 @@
-"""Contraction order: candidate trees for a network, best first. The only file that imports cotengra.
+"""Contraction order: candidate trees for a network. The only file that imports cotengra.
 
 A tree is a sequence of pairs in SSA form: operands are numbered first, every pair appends one tensor.
 """
@@ -8,9 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tn.cost import step_flops, volume
 from tn.errors import PlanError, unknown
-from tn.machine import Machine
 
 Axes = tuple[str, ...]
 Path = tuple[tuple[int, int], ...]
@@ -20,28 +18,16 @@ _EXHAUSTIVE = 5  # operands up to which every tree is enumerated: 105 trees at f
 _HYPER = 10  # operands above which cotengra's dynamic programming gives way to its seeded hyper-optimiser
 
 
-def search(
-    inputs: Sequence[Axes],
-    output: Axes,
-    sizes: Mapping[str, int],
-    *,
-    grads: Sequence[bool],
-    machine: Machine,
-    method: str = "auto",
-    keep: int = 8,
-    seed: int = 0,
-) -> list[Path]:
-    """The most promising trees, ranked by a layout-free lower bound of their time.
+def search(inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], *, method: str = "auto", seed: int = 0) -> list[Path]:
+    """Trees worth laying out: every tree of few operands, cotengra's otherwise.
 
     Args:
         inputs: axes of each operand (no repeated axis inside one). output: axes that survive.
-        grads: which operands need a gradient; a step weighs 1 + [left needs one] + [right needs one].
-        method: "auto" joins cotengra's trees with every tree of few operands, "cotengra" takes cotengra's alone,
-            "left_to_right" the order as written.
-        keep: at most this many.
+        method: "auto", "cotengra" (its trees alone), "left_to_right" (the order as written).
+        seed: of cotengra's search when there are many operands.
 
     Returns:
-        At least one path. Raises PlanError for an unknown method.
+        At least one path, none twice. Raises PlanError for an unknown method.
     """
     count = len(inputs)
     if method not in SEARCHES:
@@ -51,11 +37,9 @@ def search(
     if method == "left_to_right":
         ids = [0, *range(count, 2 * count - 2)]
         return [tuple((ids[i], i + 1) for i in range(count - 1))]
-    paths = list(_cotengra_paths(inputs, output, sizes, seed))
     if method == "auto" and count <= _EXHAUSTIVE:
-        paths += [_to_path(tree, count) for tree in _trees(tuple(range(count)))]
-    paths = list(dict.fromkeys(_canonical(path, count) for path in paths))
-    return sorted(paths, key=lambda path: lower_bound(path, inputs, output, sizes, grads, machine))[:keep]
+        return list(_every_path(count))
+    return list(dict.fromkeys(_canonical(path, count) for path in _cotengra_paths(inputs, output, sizes, seed)))
 
 
 def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple[int, int, Axes]]:
@@ -67,20 +51,6 @@ def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple
         out = tuple(axis for axis in dict.fromkeys((*a, *b)) if axis in needed)
         alive[len(inputs) + number] = out
         yield left, right, out
-
-
-def lower_bound(
-    path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int], grads: Sequence[bool], machine: Machine
-) -> float:
-    """Seconds no layout can go below: each step at the peak rate or the copy bandwidth, weighted by the gradients it carries."""
-    axes, needs, total = list(inputs), list(grads), 0.0
-    for left, right, out in steps_of(path, inputs, output):
-        bytes_moved = 4 * sum(volume(t, sizes) for t in (axes[left], axes[right], out))
-        seconds = max(step_flops(axes[left], axes[right], sizes) / machine.peak, bytes_moved / machine.copy) + machine.launch
-        total += seconds * (1 + needs[left] + needs[right])
-        axes.append(out)
-        needs.append(needs[left] or needs[right])
-    return total
 
 
 def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> Any:
@@ -103,6 +73,12 @@ def _cotengra_paths(inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, in
             )
         found = cotengra.array_contract_tree([tuple(t) for t in inputs], tuple(output), searched, optimize=optimizer)
         yield tuple((left, right) for left, right in found.get_ssa_path())
+
+
+@functools.cache
+def _every_path(count: int) -> tuple[Path, ...]:
+    """Every binary tree over so many operands."""
+    return tuple(_canonical(_to_path(tree, count), count) for tree in _trees(tuple(range(count))))
 
 
 @functools.lru_cache(maxsize=16)

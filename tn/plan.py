@@ -1,5 +1,6 @@
 """A Plan: the contraction order, the memory order of every value, and the kind and cost of each step. Pure data."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -9,18 +10,19 @@ from typing import Any
 import torch
 
 from tn import order
-from tn.cost import contraction_flops, volume
+from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.layout import bound, choose
+from tn.layout import Job, bound, choose
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
 from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
-FORMAT = 1  # of the JSON
+FORMAT = 2  # of the JSON
 GOALS = ("time", "flops")
-_LEAST_TILE = 128
+_TILES = (64, 128, 256, 512, 1024, 2048)  # rows worked on at a time that are tried
+_LAID_OUT = 8  # trees of the least bound that get layouts
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
 
 
@@ -42,6 +44,8 @@ class Plan:
         network: what is contracted. sizes: (axis, size) pairs the plan was made for, dynamic axes included.
         grad: tensors that need a gradient. goal, search: as asked for.
         path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step).
+        tile: rows worked on at a time, so that intermediates stay in cache; None to take all rows at once. With tiles, the backward
+            pass makes the intermediates again instead of keeping them.
         machine: the table of rates behind the predicted times.
     """
 
@@ -52,6 +56,7 @@ class Plan:
     search: str
     path: Path
     orders: tuple[Axes, ...]
+    tile: int | None
     machine: Machine = field(repr=False)
 
     @functools.cached_property
@@ -65,25 +70,29 @@ class Plan:
         return leaf_axes(self.network)
 
     @functools.cached_property
+    def step_size(self) -> Mapping[str, int]:
+        """axis → size that a step works on: with tiles, the rows of one."""
+        return self.size if self.tile is None else {**self.size, ROWS: self.tile}
+
+    @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
         """The pairwise contractions in order."""
         first = len(self.leaves)
-        return tuple(
-            Step(left, right, first + i, pair(self.orders[left], self.orders[right], self.orders[first + i], self.size, self.machine))
-            for i, (left, right) in enumerate(self.path)
-        )
+        return tuple(Step(left, right, first + i, self.pairing(left, right, first + i)) for i, (left, right) in enumerate(self.path))
 
     @functools.cached_property
     def backward_steps(self) -> tuple[Step, ...]:
         """The contractions of the needed gradients, in the order they run: `out` is the value whose gradient is made."""
-        needs = self.needs
         found = []
         for step in reversed(self.steps):
             for target, other in ((step.left, step.right), (step.right, step.left)):
-                if needs[target]:
-                    pairing = pair(self.orders[step.out], self.orders[other], self.orders[target], self.size, self.machine)
-                    found.append(Step(step.out, other, target, pairing))
+                if self.needs[target]:
+                    found.append(Step(step.out, other, target, self.pairing(step.out, other, target)))
         return tuple(found)
+
+    def pairing(self, left: int, right: int, out: int) -> Pairing:
+        """How SSA values, or their gradients, are contracted into another in the orders of this plan."""
+        return pair(self.orders[left], self.orders[right], self.orders[out], self.step_size, self.machine)
 
     @functools.cached_property
     def needs(self) -> tuple[bool, ...]:
@@ -98,35 +107,51 @@ class Plan:
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
 
-    @property
-    def tile(self) -> int | None:
-        """Rows worked on at a time, so that intermediates stay in cache; None to take all rows at once.
-
-        With tiles, the backward pass makes the intermediates again instead of keeping them."""
-        inner = [self.orders[step.out] for step in self.steps[:-1] if ROWS in self.orders[step.out]]
-        if (
-            not inner
-            or not self.machine.cache
-            or any(step.pairing.kind not in ("mm", "bmm") for step in (*self.steps, *self.backward_steps))
-        ):
-            return None
-        row = 4 * sum(volume([axis for axis in order if axis != ROWS], self.size) for order in inner)
-        return max(_LEAST_TILE, 1 << max(self.machine.cache // max(row, 1), 1).bit_length() - 1)
+    def times(self, step: Step) -> float:
+        """How often a step, or a gradient step, runs: once a tile if it has rows."""
+        rows = ROWS in self.orders[step.left] or ROWS in self.orders[step.right]
+        return self.size[ROWS] / self.tile if rows and self.tile else 1.0
 
     @property
     def flops(self) -> int:
         """Forward FLOPs, 2 × the product of the axis sizes of every step."""
-        return sum(step.pairing.flops for step in self.steps)
+        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.steps)
 
     @property
     def backward_flops(self) -> int:
         """FLOPs of the gradients in `grad`."""
-        return sum(step.pairing.flops for step in self.backward_steps)
+        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.backward_steps)
 
     @property
     def seconds(self) -> float:
         """Predicted seconds, forward and needed gradients."""
-        return sum(step.pairing.seconds for step in (*self.steps, *self.backward_steps))
+        return self.forward_seconds + self.backward_seconds
+
+    @property
+    def forward_seconds(self) -> float:
+        """Predicted seconds of one forward pass."""
+        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
+        return seconds + self._streaming(self.orders[: len(self.leaves)], self.orders[-1:])
+
+    @property
+    def backward_seconds(self) -> float:
+        """Predicted seconds of the gradients in `grad`; with tiles, of making the intermediates again too."""
+        seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
+        if not self.tile or not self.grad:
+            return seconds
+        again = sum(self.times(step) * step.pairing.seconds for step in self.steps[:-1] if self.times(step) > 1)
+        made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
+        return seconds + again + self._streaming((*self.orders[: len(self.leaves)], self.orders[-1]), made)
+
+    def _streaming(self, read: Iterable[Axes], made: Iterable[Axes]) -> float:
+        """Seconds that reading and writing whole tensors takes besides, when steps only see a tile of them."""
+        if not self.tile:
+            return 0.0
+
+        def size(order: Axes) -> int:
+            return 4 * volume(order, self.size) if ROWS in order else 0
+
+        return sum(self.machine.traffic(size(t)) for t in read) + sum(self.machine.traffic(size(t), new=True) for t in made)
 
     @property
     def copies(self) -> int:
@@ -152,6 +177,7 @@ class Plan:
             "search": self.search,
             "path": self.path,
             "orders": self.orders,
+            "tile": self.tile,
             "machine": self.machine.name,
             "machine_digest": self.machine.digest,
         }
@@ -179,7 +205,7 @@ class Plan:
         path = tuple((left, right) for left, right in value["path"])
         orders = tuple(map(tuple, value["orders"]))
         network = Network.from_json(json.dumps(value["network"]))
-        return cls(network, sizes, tuple(value["grad"]), value["goal"], value["search"], path, orders, table)
+        return cls(network, sizes, tuple(value["grad"]), value["goal"], value["search"], path, orders, value["tile"], table)
 
     def __str__(self) -> str:
         return _table(self)
@@ -248,16 +274,34 @@ def _plan(
 ) -> Plan:
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
-    paths = order.search(leaves, output, size, grads=needs, machine=table, method=search, seed=seed)
+    paths = order.search(leaves, output, size, method=search, seed=seed)
+    plain = Job(leaves, output, size, tuple(needs), table)
+    tiled = [dataclasses.replace(plain, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile) for tile in _tiles(plain)]
+    ranked = sorted((bound(path, plain), path) for path in paths)[:_LAID_OUT]
+    tries = [(bound(path, job), path, job) for job in (plain, *tiled) for _, path in ranked]
     plans: list[tuple[float, Plan]] = []
-    for least, path in sorted((bound(path, leaves, output, size, needs, table), path) for path in paths):
+    for least, path, job in sorted(tries, key=lambda entry: entry[0]):
         if goal == "time" and plans and least >= min(cost for cost, _ in plans):
             break
-        cost, orders = choose(path, leaves, output, size, needs, table)
-        plans.append((cost, Plan(network, sizes, grad, goal, search, path, orders, table)))
+        _, orders = choose(path, job)
+        made = Plan(network, sizes, grad, goal, search, path, orders, None if job is plain else job.sizes[ROWS], table)
+        if made.tile is None or _loops(made):
+            plans.append((made.seconds, made))
     if goal == "flops":
         return min(plans, key=lambda entry: (entry[1].flops + entry[1].backward_flops, entry[0]))[1]
     return min(plans, key=lambda entry: (entry[0], entry[1].flops))[1]
+
+
+def _tiles(job: Job) -> list[int]:
+    """Tiles of rows to try: those that leave several of them, where the result has rows."""
+    if not job.machine.tiles or ROWS not in job.output or len(job.inputs) < 3:
+        return []
+    return [tile for tile in _TILES if 2 * tile <= job.sizes[ROWS]]
+
+
+def _loops(plan: Plan) -> bool:
+    """Whether tiles would make a difference: there is an intermediate with rows."""
+    return any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
 
 
 def _table(plan: Plan) -> str:
@@ -270,10 +314,10 @@ def _table(plan: Plan) -> str:
     lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
     for step in plan.steps:
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
-        lines.append(_row(title, step.pairing, plan.orders[step.out]))
+        lines.append(_row(plan, title, step))
     for step in plan.backward_steps:
         title = f"d{names[step.out]} = d{names[step.left]} · {names[step.right]}"
-        lines.append(_row(title, step.pairing, plan.orders[step.out]))
+        lines.append(_row(plan, title, step))
     if plan.tile is not None:
         lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
     work = f"forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
@@ -281,6 +325,8 @@ def _table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _row(title: str, p: Pairing, out: Axes) -> str:
+def _row(plan: Plan, title: str, step: Step) -> str:
+    p, times = step.pairing, plan.times(step)
     operator = p.kind + (" into a view" if p.out == "strided" else "")
-    return f"  {title:<28}{operator:<18}{p.flops / 1e6:>10.2f}{p.bytes / 1e6:>9.2f}{p.copies:>8}{p.seconds * 1e6:>10.0f}  {' '.join(out)}"
+    work = f"{times * p.flops / 1e6:>10.2f}{times * p.bytes / 1e6:>9.2f}{p.copies:>8}{times * p.seconds * 1e6:>10.0f}"
+    return f"  {title:<28}{operator:<18}{work}  {' '.join(plan.orders[step.out])}"

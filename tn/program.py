@@ -132,14 +132,13 @@ def _fits_fast(operands: Sequence[Tensor]) -> bool:
 
 
 def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing from a backward of our own; batched ones lose their copies.
+    """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
 
-    Diagonals, sums of a single operand and elementwise products keep the tape."""
+    Diagonals and sums of a single operand keep the tape."""
     simple = all(
         len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True)
     )
-    kinds = {step.pairing.kind for step in (*plan.steps, *plan.backward_steps)}
-    return simple and "bmm" in kinds and kinds <= {"mm", "bmm"}
+    return simple and (plan.tile is not None or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
 def compile(target: Network | Plan) -> Program:
@@ -180,7 +179,7 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[lis
     values = _leaves(writer)
     for step in plan.steps:
         left, right, order = values[step.left], values[step.right], plan.orders[step.out]
-        p = step.pairing if strided else pair(left.order, right.order, order, plan.size, plan.machine, tape=True)
+        p = step.pairing if strided else pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
         values.append(writer.product(left, right, order, p, f"v{step.out}", strided))
     return values, values[-1]
 
@@ -254,7 +253,7 @@ def _backward_source(plan: Plan, needs: Sequence[bool]) -> str:
         above = gradients[step.out]
         for target, other in ((step.left, step.right), (step.right, step.left)):
             if need[target]:
-                p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.size, plan.machine)
+                p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)
                 gradients[target] = writer.product(above, values[other], plan.orders[target], p, f"d{target}", True)
     returned = []
     for name in network.names:

@@ -132,11 +132,11 @@ def backward_source(plan: Plan, needs: Sequence[bool]) -> str:
     gradients = {len(plan.orders) - 1: tiled.tile("g", "g", plan.orders[-1])}
     for step, target, other in _gradient_steps(plan, need):
         order = plan.orders[target]
-        p = pair(plan.orders[step.out], plan.orders[other], order, plan.size, plan.machine)
+        p = pair(plan.orders[step.out], plan.orders[other], order, plan.step_size, plan.machine)
         if not tiled.rowwise(step.out):
             continue
         if not tiled.rowwise(target):
-            gradients[target] = made = writer.accumulate(gradients[step.out], values[other], p, f"d{target}")
+            gradients[target] = made = writer.accumulate(gradients[step.out], values[other], order, p, f"d{target}")
             tiled.prepare(f"d{target} = {tiled.first}.new_zeros({tuple_of([writer.extent(dim) for dim in made.dims])})")
         elif target < len(plan.leaves):
             gradients[target] = tiled.whole(f"d{target}", order)
@@ -152,7 +152,7 @@ def backward_source(plan: Plan, needs: Sequence[bool]) -> str:
             gradients[value] = writer.reorder(made, plan.orders[value])
     for step, target, other in _gradient_steps(plan, need):
         if not tiled.rowwise(step.out):
-            p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.size, plan.machine)
+            p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)
             gradients[target] = writer.product(gradients[step.out], values[other], plan.orders[target], p, f"d{target}", True)
     returned = []
     for name in network.names:

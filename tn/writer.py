@@ -136,7 +136,7 @@ class Writer:
             flat = [axis for group in groups for axis in group]
             text = self._reshape(value, [(axis,) for axis in value.order])
             text += _permute([value.order.index(axis) for axis in flat])
-            return f"{text}.reshape({self.shape(groups)})"
+            return f"{text}.contiguous().reshape({self.shape(groups)})"
         filled = [group for group in groups if group]
         memory = self._memory(value.order, groups)
         text = self._reshape(value, memory) + _permute([memory.index(group) for group in filled])
@@ -151,54 +151,71 @@ class Writer:
         return f"{value.name}.reshape({self.shape(dims) if dims else '()'})"
 
     def product(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, strided: bool) -> Value:
-        """Write one step into a new tensor; `strided` allows writing through a view of it."""
-        if p.kind == "multiply":
-            return self._multiply(left, right, order, name)
-        if p.kind == "dot":
-            return self._dot(left, right, order, p, name)
-        call, a, b, groups = self._matrices(left, right, p)
-        if p.batch_on == "operands":
-            self.add(f"{name} = torch.{call}({a}, {b}).sum(0, dtype={left.name}.dtype)")
-            made = Value(name, tuple(axis for group in groups for axis in group), groups)
-            return made if p.out == "native" else self.reorder(made, order)
-        if p.out == "strided" and strided:
+        """Write one step into a new tensor. `strided`: through a view of it, or with a copy; otherwise the order may be a view's."""
+        call, groups = self._call(left, right, order, p)
+        flat = tuple(axis for group in groups for axis in group)
+        if strided and (p.out == "strided" or p.kind == "multiply"):
             memory = self._memory(order, groups)
             self.add(f"{name} = {left.name}.new_empty({tuple_of([self.extent(group) for group in memory])})")
             made = Value(name, order, memory)
-            self.add(f"torch.{call}({a}, {b}, out={self.view(made, groups)})")
+            self.add(f"{call}, out={self.view(made, groups)})")
             return made
-        self.add(f"{name} = torch.{call}({a}, {b})")
-        made = Value(name, tuple(axis for group in groups for axis in group), groups)
-        return made if p.out == "native" else self.reorder(made, order)
+        self.add(f"{name} = {call})")
+        made = Value(name, flat, groups)
+        return made if flat == order or p.out == "native" and p.kind != "dot" else self.reorder(made, order, strided)
 
     def write(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
-        """Write one matrix product into an existing tensor."""
+        """Write one step into an existing tensor."""
         if p.out == "copy":
             made = self.product(left, right, target.order, p, self.fresh(), False)
             self.add(f"{target.name}.copy_({made.name}.reshape({target.name}.shape))")
         else:
-            call, a, b, groups = self._matrices(left, right, p)
-            product = f"torch.sum(torch.{call}({a}, {b}), 0" if p.batch_on == "operands" else f"torch.{call}({a}, {b}"
-            self.add(f"{product}, out={self.view(target, groups)})")
+            call, groups = self._call(left, right, target.order, p)
+            self.add(f"{call}, out={self.view(target, groups)})")
 
     def write_buffer(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, buffer: str) -> Value:
         """Write one matrix product into the head of a flat buffer."""
         memory: tuple[Axes, ...] = tuple((axis,) for axis in order)
         if p.out != "copy":
-            memory = self._memory(order, self._matrices(left, right, p)[3])
+            memory = self._memory(order, self._call(left, right, order, p)[1])
         self.add(f"{name} = {buffer}[: {self.extent(order)}].view({tuple_of([self.extent(group) for group in memory])})")
         target = Value(name, order, memory)
         self.write(left, right, p, target)
         return target
 
-    def accumulate(self, left: Value, right: Value, p: Pairing, name: str) -> Value:
-        """Add one matrix product to a tensor of the product's own shape."""
+    def accumulate(self, left: Value, right: Value, order: Axes, p: Pairing, name: str) -> Value:
+        """Add one step to a tensor of the step's own shape."""
+        if p.kind in ("mm", "bmm") and p.batch_on != "operands":
+            call, a, b, groups = self._matrices(left, right, p)
+            self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
+        else:
+            text, groups = self._call(left, right, order, p)
+            self.add(f"{name} += {text})")
+        return Value(name, tuple(axis for group in groups for axis in group), groups)
+
+    def _call(self, left: Value, right: Value, order: Axes, p: Pairing) -> tuple[str, tuple[Axes, ...]]:
+        """(the call that runs a step, without its closing parenthesis, groups of the result's dimensions)."""
+        if p.kind == "multiply":
+            a, b = (self._spread(value, [axis for axis in order]) for value in (left, right))
+            return f"torch.mul({a}, {b}", tuple((axis,) for axis in order)
+        if p.kind == "dot":
+            batch = (*p.batch, *p.left, *p.right)  # every kept axis beyond the batch has size one
+            a, b = (self._spread(value, batch, p.contracted) for value in (left, right))
+            return f"torch.sum({a} * {b}, -1, dtype={left.name}.dtype", tuple((axis,) for axis in batch)
         call, a, b, groups = self._matrices(left, right, p)
         if p.batch_on == "operands":
-            self.add(f"{name} += torch.{call}({a}, {b}).sum(0, dtype={left.name}.dtype)")
-        else:
-            self.add(f"{name}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
-        return Value(name, tuple(axis for group in groups for axis in group), groups)
+            return f"torch.sum(torch.{call}({a}, {b}), 0, dtype={left.name}.dtype", groups
+        return f"torch.{call}({a}, {b}", groups
+
+    def _spread(self, value: Value, axes: Sequence[str], last: Axes = ()) -> str:
+        """The value with one dimension for each axis, of size one where it lacks the axis, and one for the group `last`."""
+        mine = [(axis,) for axis in axes if axis in value.order]
+        if last:
+            text = self.view(value, [*mine, last])
+        else:  # axes that are not wanted have size one
+            stored = [axis for axis in value.order if axis in axes]
+            text = self._reshape(value, [(axis,) for axis in stored]) + _permute([stored.index(axis) for (axis,) in mine])
+        return text + "".join(f".unsqueeze({i})" for i, axis in enumerate(axes) if axis not in value.order)
 
     def _memory(self, order: Axes, groups: Sequence[Axes]) -> tuple[Axes, ...]:
         """The groups that have axes, sorted by their place in memory."""
@@ -229,38 +246,11 @@ class Writer:
         """The value with axes of size one dropped from its order; its memory is the same."""
         return Value(value.name, tuple(axis for axis in value.order if axis not in axes), None)
 
-    def reorder(self, value: Value, order: Axes) -> Value:
-        """The value with its axes permuted to an order; dimensions keep runs together where they can."""
-        dims = list(order)
-        text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in dims])
-        self.add(f"{value.name} = {text}")
+    def reorder(self, value: Value, order: Axes, copy: bool = False) -> Value:
+        """The value with its axes permuted to an order: a copy in that order, or a view that later steps copy as they need."""
+        text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in order])
+        self.add(f"{value.name} = {text}" + (".contiguous()" if copy else ""))
         return Value(value.name, order, tuple((axis,) for axis in order))
-
-    def _multiply(self, left: Value, right: Value, order: Axes, name: str) -> Value:
-        def spread(value: Value) -> str:
-            stored = [axis for axis in value.order if axis in order]  # the others have size one
-            text = self._reshape(value, [(axis,) for axis in stored]) + _permute([stored.index(axis) for axis in order if axis in stored])
-            missing = [i for i, axis in enumerate(order) if axis not in value.order]
-            return text + "".join(f".unsqueeze({i})" for i in missing)
-
-        self.add(f"{name} = {spread(left)} * {spread(right)}")
-        return Value(name, order, tuple((axis,) for axis in order))
-
-    def _dot(self, left: Value, right: Value, order: Axes, p: Pairing, name: str) -> Value:
-        kept = tuple(axis for axis in order)
-        batch = (*p.batch, *p.left, *p.right)  # every kept axis beyond the batch has size one
-
-        def spread(value: Value) -> str:
-            mine = [axis for axis in batch if axis in value.order]
-            text = self.view(value, [*((axis,) for axis in mine), p.contracted])
-            for i, axis in enumerate(batch):
-                if axis not in value.order:
-                    text += f".unsqueeze({i})"
-            return text
-
-        self.add(f"{name} = ({spread(left)} * {spread(right)}).sum(-1, dtype={left.name}.dtype)")
-        made = Value(name, batch, tuple((axis,) for axis in batch))
-        return made if batch == kept else self.reorder(made, kept)
 
     def result(self, value: Value, term: Term) -> str:
         """The value in the stored shape of a term, leading dimensions restored."""

@@ -1,0 +1,121 @@
+"""Measure a machine table: every product in `tn.machine.SHAPES`, copies, and new memory. Only ever run when asked."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tn.machine import READS, SHAPES, Machine
+
+_ELEMENTS = 1 << 20  # of all operands of one measurement: they stay in cache
+_PASSES = 3
+_PAGED = 32 << 20  # glibc hands a freed block of this size back to the system; smaller ones are soon kept for the next tensor
+
+
+class _Clock:
+    """Times functions within a budget of seconds for each."""
+
+    def __init__(self, device: torch.device, budget: float) -> None:
+        self.device, self.budget = device, budget
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Seconds of a call: the lower quartile of as many samples as fit the budget, two at least."""
+        run()
+        once = self._sample(run, 1)
+        repeats = max(1, int(self.budget / 6 / max(once, 1e-7)))
+        samples: list[float] = []
+        begun = time.perf_counter()
+        while len(samples) < 2 or time.perf_counter() - begun < self.budget:
+            samples.append(self._sample(run, repeats))
+        return sorted(samples)[len(samples) // 4]
+
+    def _sample(self, run: Callable[[], object], repeats: int) -> float:
+        self._wait()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        self._wait()
+        return (time.perf_counter() - begun) / repeats
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32, budget: float = 0.002, name: str = "") -> Machine:
+    """Measure the machine table of a device, in about 20 s on a CPU. Nothing else should run meanwhile.
+
+    Args:
+        device, dtype: to measure; the number of threads is torch's current one.
+        budget: seconds spent on each of about 2,300 products, three times. name: of the table.
+
+    Returns:
+        A Machine; keep it with `to_json`, use it as `tn.plan(..., table=...)`.
+    """
+    where = torch.device(device)
+    clock = _Clock(where, budget)
+
+    def new(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=where)
+
+    def least(measure: Callable[..., list[float]], *arguments: object) -> tuple[float, ...]:
+        """The least of several passes, apart in time: what else the machine does disturbs some of them."""
+        return _round([min(times) for times in zip(*(measure(clock, new, *arguments) for _ in range(_PASSES)), strict=True)])
+
+    mm = tuple(least(_mm, reads) for reads in READS)
+    bmm = tuple(least(_bmm, reads, line) for reads, line in zip(READS, mm, strict=True))
+    flat, pages, out = new(1024, 256), new(64, 64, 64), new(64, 64, 64)
+    wide, wider = new(1024, 1024), torch.empty(1024, 1024, dtype=dtype, device=where)
+    small = new(256, 16, 16)
+    large = new(1 << 24)
+    larger = torch.empty_like(large)
+    width = flat.element_size()
+    tiny = new(8, 1, 8), new(8, 8, 1)
+    element = clock(lambda: flat[0] * flat[0])
+    touched = large.element_size() * large.numel() / max(clock(lambda: large.clone()) - clock(lambda: larger.copy_(large)), 1e-9)
+    rates = {
+        "call": clock(lambda: torch.bmm(*tiny)),
+        "copy": 2 * width * pages.numel() / clock(lambda: out.copy_(pages.transpose(0, 1))),
+        "transpose": 2 * width * small.numel() / clock(lambda: torch.empty_like(small).copy_(small.mT)),
+        "multiply": 2 * width * wide.numel() / clock(lambda: torch.mul(wide, wide[0], out=wider)),
+        "element": element,
+        "view": clock(lambda: flat.mT),
+        "far": 2 * width * large.numel() / clock(lambda: larger.copy_(large)),
+        "fresh": min(touched, 1e15) if where.type == "cpu" else 1e15,
+    }
+    source = f"measured: {where.type}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    near, tiles = (4 << 20, True) if where.type == "cpu" else (0, False)
+    rounded = {key: float(f"{value:.3g}") for key, value in rates.items()}
+    return Machine(name=name or where.type, mm=mm, bmm=bmm, near=near, paged=_PAGED, tiles=tiles, source=source, **rounded)
+
+
+def _operand(new: Callable[..., Tensor], letter: str, *shape: int) -> Tensor:
+    """Matrices of a shape whose last ("N") or first ("T") extent is adjacent in memory; the strides say so even where an extent is 1."""
+    *batch, rows, columns = shape
+    return new(*shape) if letter == "N" else new(*batch, columns, rows).mT
+
+
+def _mm(clock: _Clock, new: Callable[..., Tensor], reads: str) -> list[float]:
+    found = []
+    for m, n, k in SHAPES:
+        a, b, c = _operand(new, reads[0], m, k), _operand(new, reads[1], k, n), new(m, n)
+        found.append(clock(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)))
+    return found
+
+
+def _bmm(clock: _Clock, new: Callable[..., Tensor], reads: str, single: tuple[float, ...]) -> list[float]:
+    found = []
+    for (m, n, k), alone in zip(SHAPES, single, strict=True):
+        size = m * k + k * n + m * n
+        if 2 * size > _ELEMENTS:  # one item fills the machine
+            found.append(alone)
+            continue
+        batch = max(2, min(1024, _ELEMENTS // size, 40_000_000 // (m * n * k)))
+        a, b, c = _operand(new, reads[0], batch, m, k), _operand(new, reads[1], batch, k, n), new(batch, m, n)
+        found.append(clock(lambda a=a, b=b, c=c: torch.bmm(a, b, out=c)) / batch)
+    return found
+
+
+def _round(values: list[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.3g}") for value in values)

@@ -28,7 +28,8 @@ class Machine:
 
     Attributes:
         mm: seconds of one product (m, k) × (k, n) with operands in cache, by READS and extents.
-        bmm: seconds of one item of a batch of such products. call: seconds a batched call takes besides.
+        bmm: seconds of one item of a batch of such products. loop: the same where the result of each item is strided, which runs as a
+            loop of single products. call: seconds a batched call takes besides.
         copy: bytes/s of a copy that keeps the last axis, reads and writes counted. transpose: of one that moves it.
         multiply: bytes/s of an elementwise product, reads and writes counted. element: seconds an operator on elements takes besides.
         view: seconds of making a view of a tensor.
@@ -41,6 +42,7 @@ class Machine:
     name: str
     mm: Table
     bmm: Table
+    loop: Table
     call: float
     copy: float
     transpose: float
@@ -58,9 +60,9 @@ class Machine:
         """Seconds of one product (m, k) × (k, n), operands in cache."""
         return _seconds(self, "mm", READS.index(reads), m, n, k)
 
-    def item(self, m: int, n: int, k: int, reads: str = "NN") -> float:
-        """Seconds of one item of a batch of such products."""
-        return _seconds(self, "bmm", READS.index(reads), m, n, k)
+    def item(self, m: int, n: int, k: int, reads: str = "NN", strided: bool = False) -> float:
+        """Seconds of one item of a batch of such products; `strided`: written into a part of each of several rows."""
+        return _seconds(self, "loop" if strided else "bmm", READS.index(reads), m, n, k)
 
     def traffic(self, size: int, new: bool = False) -> float:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
@@ -89,7 +91,7 @@ class Machine:
         value = json.loads(text)
         if value.pop("format", None) != FORMAT:
             raise PlanError(f"machine table of another format, this version reads {FORMAT}")
-        for key in ("mm", "bmm"):
+        for key in ("mm", "bmm", "loop"):
             value[key] = tuple(tuple(line) for line in value[key])
             if [len(line) for line in value[key]] != [len(SHAPES)] * len(READS):
                 raise PlanError(f"machine table {value.get('name')!r}: {key} needs {len(READS)} lines of {len(SHAPES)} numbers")
@@ -103,7 +105,7 @@ class Machine:
 def _seconds(table: Machine, kind: str, line: int, m: int, n: int, k: int) -> float:
     """A table read between its extents: the logarithm of the time is linear in the logarithm of each extent; beyond the last extent the
     time grows with it."""
-    times = table.mm[line] if kind == "mm" else table.bmm[line]
+    times = {"mm": table.mm, "bmm": table.bmm, "loop": table.loop}[kind][line]
     corners, beyond = [(0, 1.0)], 1.0
     for extent, marks in zip((m, n, k), EXTENTS, strict=True):
         beyond *= max(extent / marks[-1], 1.0)
@@ -129,6 +131,7 @@ def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: fl
         name=name,
         mm=(singles,) * len(READS),
         bmm=(items,) * len(READS),
+        loop=(singles,) * len(READS),
         call=launch,
         copy=bandwidth,
         transpose=bandwidth / 2,

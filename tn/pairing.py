@@ -23,7 +23,6 @@ from tn.order import Axes
 
 _BYTES = 4
 _SCATTER = 2.5  # times as long takes what lies out of cache when an item of a batch is not one block of memory (two CPU cores)
-_NATIVE = 400  # multiply-adds of an item below which torch's batched product writes any strides without a loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Pairing:
 @dataclass(frozen=True, slots=True)
 class _Form:
     """One way to run a pattern; the groups hold atoms. `views`: made for it. `scattered`: tensors of which an item of the batch is not one
-    block of memory. `reads`: how the product's own operands lie in memory (see tn.machine)."""
+    block of memory. `kept`: tensors whose last atom stays last in a copy. `reads`: how the product's own operands lie in memory (see tn.machine)."""
 
     batch: str
     left: str
@@ -78,6 +77,7 @@ class _Form:
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
+    kept: tuple[bool, bool, bool]
     reads: str
 
 
@@ -206,7 +206,7 @@ def _forms(left: str, right: str, out: str, tape: bool) -> tuple[_Form, ...]:
     kept: dict[tuple, _Form] = {}
     for form in sorted(found, key=lambda form: form.views):
         batch = form.batch if form.batch_on != "all" else ""
-        alike = (batch, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, form.scattered, form.reads)
+        alike = (batch, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, form.scattered, form.kept, form.reads)
         if form.copy_left + form.copy_right <= least:
             kept.setdefault(alike, form)
     return tuple(kept.values())
@@ -219,10 +219,12 @@ def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str,
     for swap, placed in _placements(out, batch, rows, columns):
         outer, inner = (columns, rows) if swap else (rows, columns)
         (first, copy_first), (second, copy_second) = ((left, copy_left), (right, copy_right))[:: -1 if swap else 1]
-        views = (first != batch + outer + summed) + (second != batch + summed + inner)
+        views = 2 + (first != batch + outer + summed) + (second != batch + summed + inner)
         scattered = _scattered(left, batch), _scattered(right, batch), placed == "strided" and _scattered(out, batch)
+        kept_first, kept_second = first[-1:] == summed[-1:], second[-1:] == (batch + summed + inner)[-1:]
+        kept = (*((kept_first, kept_second)[:: -1 if swap else 1]), out[-1:] == (batch + outer + inner)[-1:])
         reads = _read(first, summed, outer, copy_first) + _read(second, inner, summed, copy_second)
-        yield _Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, reads)
+        yield _Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, kept, reads)
 
 
 def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: str, tape: bool) -> Iterator[_Form]:
@@ -243,7 +245,7 @@ def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: s
                 (first, outer), (second, inner) = ((left, m), (right, n))[:: -1 if swap else 1]
                 reads = _read(first, k, outer, False) + _read(second, inner, k, False)
                 scattered = _scattered(left, on_left), _scattered(right, on_right), _scattered(out, on_out)
-                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 3, scattered, reads)
+                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (True, True, True), reads)
 
 
 def _scattered(order: str, batch: str) -> bool:
@@ -287,10 +289,8 @@ def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], machine: 
     kind, seconds = "bmm", 0.0
     if h == 1:
         kind, seconds = "mm", machine.product(a, b, k, form.reads)
-    elif form.out == "strided" and m * n * k >= _NATIVE:
-        seconds = machine.call + h * machine.product(a, b, k, form.reads)
     else:
-        seconds = machine.call + h * machine.item(a, b, k, form.reads)
+        seconds = machine.call + h * machine.item(a, b, k, form.reads, form.out == "strided")
     if m == n == 1 and form.batch_on == "all":
         elementwise = 2 * machine.element + (volumes[0] + volumes[1] + 2 * _BYTES * h * k) / machine.multiply
         if elementwise < seconds or h == 1:
@@ -300,10 +300,12 @@ def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], machine: 
         seconds += machine.traffic(size) * (_SCATTER if scattered else 1.0)
     seconds += machine.traffic(volumes[2], new=True) - machine.traffic(volumes[2])
     if form.batch_on == "operands":  # every item's product is written and read once more
-        seconds += machine.element + 2 * _BYTES * h * m * n / machine.multiply
-    for size, copied in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), strict=True):
+        size = _BYTES * h * m * n
+        seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
+    for size, copied, kept in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), form.kept, strict=True):
         if copied:
-            seconds += machine.element + 2 * size / machine.transpose + machine.traffic(size, new=True)
+            rate = machine.copy if kept else machine.transpose
+            seconds += machine.element + 2 * size / rate + machine.traffic(size) + machine.traffic(size, new=True)
     return kind, seconds
 
 

@@ -166,11 +166,11 @@ class Writer:
 
     def write(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
         """Write one step into an existing tensor."""
+        call, groups = self._call(left, right, target.order, p)
         if p.out == "copy":
-            made = self.product(left, right, target.order, p, self.fresh(), False)
-            self.add(f"{target.name}.copy_({made.name}.reshape({target.name}.shape))")
+            dims = [(axis,) for group in groups for axis in group]
+            self.add(f"{self.view(target, dims)}.copy_({call}).view({self.shape(dims)}))")
         else:
-            call, groups = self._call(left, right, target.order, p)
             self.add(f"{call}, out={self.view(target, groups)})")
 
     def write_buffer(self, left: Value, right: Value, order: Axes, p: Pairing, name: str, buffer: str) -> Value:

@@ -66,9 +66,9 @@ def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.
     mm = tuple(least(_mm, reads) for reads in READS)
     bmm = tuple(least(_bmm, reads, line, False) for reads, line in zip(READS, mm, strict=True))
     loop = tuple(least(_bmm, reads, line, True) for reads, line in zip(READS, mm, strict=True))
-    flat, pages, out = new(1024, 256), new(64, 64, 64), new(64, 64, 64)
-    wide, wider = new(1024, 1024), torch.empty(1024, 1024, dtype=dtype, device=where)
-    small = new(128, 16, 16)
+    flat, wide = new(1024, 256), new(1024, 1024)
+    wider = torch.empty_like(wide)
+    pages, small, turned = new(64, 64, 64), new(1024, 16, 16), new(16, 16, 1024)
     large = new(1 << 24)
     larger = torch.empty_like(large)
     width = flat.element_size()
@@ -77,8 +77,8 @@ def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.
     touched = large.element_size() * large.numel() / max(clock(lambda: large.clone()) - clock(lambda: larger.copy_(large)), 1e-9)
     rates = {
         "call": clock(lambda: torch.bmm(*tiny)),
-        "copy": 2 * width * pages.numel() / clock(lambda: out.copy_(pages.transpose(0, 1))),
-        "transpose": 2 * width * small.numel() / clock(lambda: torch.empty_like(small).copy_(small.mT)),
+        "copy": 2 * width * pages.numel() / clock(lambda: pages.clone()),
+        "run": clock(lambda: turned.copy_(small.permute(1, 2, 0))) / small.numel(),
         "multiply": 2 * width * wide.numel() / clock(lambda: torch.mul(wide, wide[0], out=wider)),
         "element": element,
         "view": clock(lambda: flat.mT),
@@ -86,7 +86,7 @@ def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.
         "fresh": min(touched, 1e15) if where.type == "cpu" else 1e15,
     }
     source = f"measured: {where.type}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    near, tiles = (4 << 20, True) if where.type == "cpu" else (0, False)
+    near, tiles = (1 << 20, True) if where.type == "cpu" else (0, False)
     rounded = {key: float(f"{value:.3g}") for key, value in rates.items()}
     return Machine(name=name or where.type, mm=mm, bmm=bmm, loop=loop, near=near, paged=_PAGED, tiles=tiles, source=source, **rounded)
 

@@ -17,6 +17,8 @@ from tn.errors import PlanError
 EXTENTS = ((1, 4, 16, 64, 256, 1024), (1, 2, 4, 8, 16, 64, 256, 1024), (1, 4, 16, 64, 256, 1024))
 SHAPES = tuple(itertools.product(*EXTENTS))
 READS = ("NN", "NT", "TN", "TT")  # how the two operands lie in memory: N has its last extent adjacent, T its first
+_PAGE = 4096  # bytes
+_COLD = 3.0  # times as long takes a run that is not in cache (two CPU cores: 0.6 and 2 ns)
 FORMAT = 1  # of the JSON
 
 Table = tuple[tuple[float, ...], ...]  # one line for each of READS: seconds of every one of SHAPES
@@ -30,7 +32,8 @@ class Machine:
         mm: seconds of one product (m, k) × (k, n) with operands in cache, by READS and extents.
         bmm: seconds of one item of a batch of such products. loop: the same where the result of each item is strided, which runs as a
             loop of single products. call: seconds a batched call takes besides.
-        copy: bytes/s of a copy that keeps the last axis, reads and writes counted. transpose: of one that moves it.
+        copy: bytes/s of a copy in order, reads and writes counted. run: seconds more for each run of adjacent elements that a copy
+            into another order moves.
         multiply: bytes/s of an elementwise product, reads and writes counted. element: seconds an operator on elements takes besides.
         view: seconds of making a view of a tensor.
         near: bytes of a tensor that are still in cache when a step reads it. far: bytes/s of reading or writing what is not.
@@ -45,7 +48,7 @@ class Machine:
     loop: Table
     call: float
     copy: float
-    transpose: float
+    run: float
     multiply: float
     element: float
     view: float
@@ -68,6 +71,16 @@ class Machine:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
         seconds = max(size - self.near, 0) / self.far
         return seconds + size / self.fresh if new and size >= self.paged else seconds
+
+    def reorder(self, size: int, runs: int, stride: int | None = None) -> float:
+        """Seconds of copying a tensor of so many bytes into another order, in which so many runs of elements stay adjacent.
+
+        Args:
+            stride: bytes between elements that become neighbours, where every run is one element. Within a page they are moved in blocks.
+        """
+        seconds = 2 * size / self.copy + self.traffic(size) + self.traffic(size, new=True)
+        blocked = 0.25 if stride is not None and stride < _PAGE else 1.0
+        return seconds + runs * self.run * blocked * (_COLD if size > self.near else 1.0)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -134,7 +147,7 @@ def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: fl
         loop=(singles,) * len(READS),
         call=launch,
         copy=bandwidth,
-        transpose=bandwidth / 2,
+        run=4 / bandwidth,
         multiply=bandwidth,
         element=launch,
         view=1e-6,

@@ -64,7 +64,7 @@ class Pairing:
 @dataclass(frozen=True, slots=True)
 class _Form:
     """One way to run a pattern; the groups hold atoms. `views`: made for it. `scattered`: tensors of which an item of the batch is not one
-    block of memory. `kept`: tensors whose last atom stays last in a copy. `reads`: how the product's own operands lie in memory (see tn.machine)."""
+    block of memory. `moves`: see `_move`, for a copy of each tensor. `reads`: how the product's own operands lie in memory (see tn.machine)."""
 
     batch: str
     left: str
@@ -77,7 +77,7 @@ class _Form:
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
-    kept: tuple[bool, bool, bool]
+    moves: tuple[tuple[str, str], ...]
     reads: str
 
 
@@ -134,9 +134,7 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
     copies = (form.copy_left, form.copy_right, form.out == "copy")
     copied = sum(size for size, copy in zip(volumes, copies, strict=True) if copy)
     moved = sum(volumes) + 2 * copied
-    return Pairing(
-        kind, h, m, n, k, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, flops, moved, copied, seconds
-    )
+    return Pairing(kind, h, m, n, k, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, flops, moved, copied, seconds)
 
 
 def _groups(left: Axes, right: Axes, out: Axes) -> tuple[Axes, Axes, Axes, Axes]:
@@ -206,7 +204,7 @@ def _forms(left: str, right: str, out: str, tape: bool) -> tuple[_Form, ...]:
     kept: dict[tuple, _Form] = {}
     for form in sorted(found, key=lambda form: form.views):
         batch = form.batch if form.batch_on != "all" else ""
-        alike = (batch, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, form.scattered, form.kept, form.reads)
+        alike = (batch, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, form.scattered, form.moves, form.reads)
         if form.copy_left + form.copy_right <= least:
             kept.setdefault(alike, form)
     return tuple(kept.values())
@@ -221,10 +219,10 @@ def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str,
         (first, copy_first), (second, copy_second) = ((left, copy_left), (right, copy_right))[:: -1 if swap else 1]
         views = 2 + (first != batch + outer + summed) + (second != batch + summed + inner)
         scattered = _scattered(left, batch), _scattered(right, batch), placed == "strided" and _scattered(out, batch)
-        kept_first, kept_second = first[-1:] == summed[-1:], second[-1:] == (batch + summed + inner)[-1:]
-        kept = (*((kept_first, kept_second)[:: -1 if swap else 1]), out[-1:] == (batch + outer + inner)[-1:])
+        operands = _move(first, batch + outer + summed), _move(second, batch + summed + inner)
+        moves = (*operands[:: -1 if swap else 1], _move(batch + outer + inner, out))
         reads = _read(first, summed, outer, copy_first) + _read(second, inner, summed, copy_second)
-        yield _Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, kept, reads)
+        yield _Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
 
 
 def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: str, tape: bool) -> Iterator[_Form]:
@@ -245,7 +243,15 @@ def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: s
                 (first, outer), (second, inner) = ((left, m), (right, n))[:: -1 if swap else 1]
                 reads = _read(first, k, outer, False) + _read(second, inner, k, False)
                 scattered = _scattered(left, on_left), _scattered(right, on_right), _scattered(out, on_out)
-                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (True, True, True), reads)
+                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (), reads)
+
+
+def _move(source: str, target: str) -> tuple[str, str]:
+    """(the longest common end of two orders, the atoms that lie behind the target's last atom in the source)."""
+    length = 0
+    while length < len(source) and source[-1 - length] == target[-1 - length]:
+        length += 1
+    return source[len(source) - length :], source[source.index(target[-1]) + 1 :] if target else ""
 
 
 def _scattered(order: str, batch: str) -> bool:
@@ -302,10 +308,11 @@ def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], machine: 
     if form.batch_on == "operands":  # every item's product is written and read once more
         size = _BYTES * h * m * n
         seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
-    for size, copied, kept in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), form.kept, strict=True):
-        if copied:
-            rate = machine.copy if kept else machine.transpose
-            seconds += machine.element + 2 * size / rate + machine.traffic(size) + machine.traffic(size, new=True)
+    if form.batch_on == "all":
+        for size, copied, move in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), form.moves, strict=True):
+            if copied:
+                length, stride = (math.prod([extent[letter] for letter in part]) for part in move)
+                seconds += machine.element + machine.reorder(size, size // _BYTES // length, _BYTES * stride if length == 1 else None)
     return kind, seconds
 
 
@@ -316,7 +323,8 @@ def _multiply_seconds(left: Axes, right: Axes, out: Axes, sizes: Mapping[str, in
     last = wide[2][-1:]
     for order in wide[:2]:
         along = not last or last[0] not in order or order[-1:] == last
-        seconds += _BYTES * volume(order, sizes) / (machine.multiply if along else machine.transpose)
+        elements = volume(order, sizes)
+        seconds += _BYTES * elements / machine.multiply + (0.0 if along else elements * machine.run / 4)
     size = _BYTES * volume(out, sizes)
     return seconds + max(size / machine.multiply, machine.traffic(size)) + machine.traffic(size, new=True)
 

@@ -1,5 +1,6 @@
 """Measure a machine table: every product in `tn.machine.SHAPES`, copies, and new memory. Only ever run when asked."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -101,7 +102,7 @@ def _mm(clock: _Clock, new: Callable[..., Tensor], reads: str) -> list[float]:
     found = []
     for m, n, k in SHAPES:
         a, b, c = _operand(new, reads[0], m, k), _operand(new, reads[1], k, n), new(m, n)
-        found.append(clock(lambda a=a, b=b, c=c: torch.mm(a, b, out=c)))
+        found.append(clock(functools.partial(torch.mm, a, b, out=c)))
     return found
 
 
@@ -115,7 +116,7 @@ def _bmm(clock: _Clock, new: Callable[..., Tensor], reads: str, single: tuple[fl
         batch = max(2, min(32 if strided else 1024, _ELEMENTS // size, 40_000_000 // (m * n * k)))
         a, b = _operand(new, reads[0], batch, m, k), _operand(new, reads[1], batch, k, n)
         c = new(m, batch, n).permute(1, 0, 2) if strided else new(batch, m, n)
-        found.append(clock(lambda a=a, b=b, c=c: torch.bmm(a, b, out=c)) / batch)
+        found.append(clock(functools.partial(torch.bmm, a, b, out=c)) / batch)
     return found
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tn import tracing
+from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
-from tn.plan import DEFAULT_ROWS, Plan, plan
-from tn.program import EinsumProgram, Program, autocast
+from tn.plan import DEFAULT_ROWS, SEGMENTS, Plan, plan
+from tn.program import EinsumProgram, Program, autocast, fits_fast
 from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum")
 
+_SMALL, _LARGE = (below for below, _ in SEGMENTS[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
 
@@ -53,6 +54,20 @@ def _is_tensor(value: object) -> bool:
 def program(plan: Plan, backend: str) -> Program | EinsumProgram:
     """The Program of a plan; equal plans share one."""
     return EinsumProgram(plan) if backend == "einsum" else Program(plan)
+
+
+class _Compiled:
+    """What torch.compile sees of a program: plain calls, or one operator where the fast form is worth having."""
+
+    def __init__(self, run: Program | EinsumProgram) -> None:
+        assert isinstance(run, Program)
+        self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
+        self.key = opaque.register(run) if run.fast else ""
+
+    def __call__(self, operands: list[Tensor]) -> Tensor:
+        if not self.key or not fits_fast(operands) or torch._C._are_functorch_transforms_active():
+            return self.plain(*operands)
+        return opaque.contraction(operands, self.key)[0]
 
 
 class Contraction(nn.Module):
@@ -116,7 +131,20 @@ class Contraction(nn.Module):
         self._inputs = self.network.inputs
         self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
-        self._plain = program(self.plan(), "planned")._plain
+        self._lead = self._row_operand()
+        sizes = SEGMENTS if self._lead else ((math.inf, None),)
+        runs = [_Compiled(program(self.plan(rows), "planned")) for _, rows in sizes]
+        # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
+        pairs = zip(sizes, runs, [*runs[1:], None], strict=True)
+        self._compiled = [(below, run) for (below, _), run, after in pairs if after is None or run.source != after.source]
+
+    def _row_operand(self) -> tuple[int, int] | None:
+        """(place of an operand with rows, elements it has for each row) if the number of rows is all that a call decides."""
+        for place, name in enumerate(self.network.names):
+            axes = self.network.term(name).axes
+            if ROWS in axes and self.network.dynamic == (ROWS,):
+                return place, max(math.prod(self.network.sizes[axis] for axis in axes if axis != ROWS), 1)
+        return None
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero."""
@@ -159,11 +187,16 @@ class Contraction(nn.Module):
         ]
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
+        lead = self._lead
+        rows = operands[lead[0]].numel() // lead[1] if lead is not None else 0
         if torch.compiler.is_compiling():
-            return self._plain(*operands)
+            if torch.compiler.is_exporting():  # one graph for every number of rows, of aten calls alone
+                return self._compiled[-1][1].plain(*operands)
+            return next(run for below, run in self._compiled if rows < below)(operands)
         first = operands[0]
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
-        key = (first.dtype, first.device, grads, _forced.get() or self.backend)
+        segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
+        key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
             run = self._programs[key] = self._bind(*key)
@@ -179,9 +212,11 @@ class Contraction(nn.Module):
             if not isinstance(value, Tensor):
                 raise OperatorError(f"input {name!r} is a {type(value).__name__}, expected a torch.Tensor")
 
-    def _bind(self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str) -> Program | EinsumProgram:
+    def _bind(
+        self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str, segment: int
+    ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
-        rows = DEFAULT_ROWS if ROWS in self.network.axes else None
+        rows = (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
         return program(plan(self.network, grad=wanted, rows=rows, dtype=dtype, device=device), backend)
 
     def _record(self, used: Plan, operands: list[Tensor], result: Tensor) -> None:
@@ -201,7 +236,7 @@ class Contraction(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_plain")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

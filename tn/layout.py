@@ -11,7 +11,7 @@ from tn.order import Axes, Path, steps_of
 from tn.pairing import ideal, pair
 from tn.spec import ROWS
 
-_ORDERS = 12  # orders of an intermediate that are tried
+_ORDERS = 8  # orders of an intermediate that are tried
 _ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
 
 Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
@@ -84,18 +84,24 @@ def bound(path: Path, job: Job) -> float:
 def _best(lefts: Costs, rights: Costs, order: Axes, weights: tuple[float, float, float], job: Job) -> tuple[float, Axes, Axes]:
     """The cheapest orders of both operands for one order of the result. Pairs that could not win even in their best layout are left out."""
     found: tuple[float, Axes, Axes] = (math.inf, (), ())
-    floor = _ideal(next(iter(lefts)), next(iter(rights)), order, weights, job)
+    first_left, first_right = next(iter(lefts)), next(iter(rights))
+    floors = [weight * ideal(*t, job.sizes, job.machine) for weight, t in zip(weights, _turns(first_left, first_right, order), strict=True)]
     for left, (left_cost, *_) in sorted(lefts.items(), key=_cost):
         for right, (right_cost, *_) in sorted(rights.items(), key=_cost):
-            if left_cost + right_cost + floor >= found[0]:
+            seconds = left_cost + right_cost + sum(floors)
+            if seconds >= found[0]:
                 break
-            needed = ((left, right, order), (order, right, left), (left, order, right))
-            seconds = left_cost + right_cost
-            for weight, (a, b, c) in zip(weights, needed, strict=True):
-                seconds += weight * pair(a, b, c, job.sizes, job.machine).seconds if weight else 0.0
+            for weight, turn, floor in zip(weights, _turns(left, right, order), floors, strict=True):
+                if weight and seconds < found[0]:
+                    seconds += weight * pair(*turn, job.sizes, job.machine).seconds - floor
             if seconds < found[0]:
                 found = (seconds, left, right)
     return found
+
+
+def _turns(left: Axes, right: Axes, out: Axes) -> tuple[tuple[Axes, Axes, Axes], ...]:
+    """A step, the gradient of its left and that of its right operand, each as (left, right, result)."""
+    return (left, right, out), (out, right, left), (left, out, right)
 
 
 def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
@@ -104,8 +110,8 @@ def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
 
 def _ideal(left: Axes, right: Axes, out: Axes, weights: tuple[float, float, float], job: Job) -> float:
     """Seconds of a step and its gradients if no layout were in the way."""
-    needed = ((left, right, out), (out, right, left), (left, out, right))
-    return sum(weight * ideal(a, b, c, job.sizes, job.machine) for weight, (a, b, c) in zip(weights, needed, strict=True) if weight)
+    turns = _turns(left, right, out)
+    return sum(weight * ideal(*turn, job.sizes, job.machine) for weight, turn in zip(weights, turns, strict=True) if weight)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:

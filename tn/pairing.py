@@ -13,7 +13,6 @@ The ways to run a step depend on the pattern of its orders alone, not on sizes: 
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -63,8 +62,12 @@ class Pairing:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """One way to run a pattern; the groups hold atoms. `views`: made for it. `scattered`: tensors of which an item of the batch is not one
-    block of memory. `moves`: see `_move`, for a copy of each tensor. `reads`: how the product's own operands lie in memory (see tn.machine)."""
+    """One way to run a pattern; the groups hold atoms.
+
+    Attributes:
+        views: made for it. scattered: tensors of which an item of the batch is not one block of memory.
+        moves: see `_move`, for each tensor that is copied. reads: how the product's own operands lie in memory (see tn.machine).
+    """
 
     batch: str
     left: str
@@ -77,7 +80,7 @@ class _Form:
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
-    moves: tuple[tuple[str, str], ...]
+    moves: tuple[tuple[str, str] | None, ...]
     reads: str
 
 
@@ -127,11 +130,14 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
     extent = {letter: volume(axes, sizes) for letter, axes in atoms.items()}
     volumes = [_BYTES * volume(t, sizes) for t in (left, right, out)]
     ones = [tuple(axis for axis in sizes if sizes[axis] == 1 and axis in group) for group in groups]
-    forms = (form for form in _forms(*patterns, tape) if form.batch_on == "all" or not ones[0])
-    form, kind, seconds = min(((form, *_price(form, extent, volumes, machine)) for form in forms), key=lambda priced: priced[2])
+    forms = [form for form in _forms(*patterns, tape) if form.batch_on == "all" or not ones[0]]
+    streams = [machine.traffic(size) for size in volumes]
+    fresh = machine.traffic(volumes[2], new=True) - streams[2]
+    form, kind, seconds = min(((form, *_price(form, extent, volumes, streams, machine)) for form in forms), key=_third)
     parts = (form.batch, form.left, form.right, form.contracted)
     h, m, n, k = (_axes(part, atoms) + one for part, one in zip(parts, ones, strict=True))
     copies = (form.copy_left, form.copy_right, form.out == "copy")
+    seconds += fresh
     copied = sum(size for size, copy in zip(volumes, copies, strict=True) if copy)
     moved = sum(volumes) + 2 * copied
     return Pairing(kind, h, m, n, k, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, flops, moved, copied, seconds)
@@ -219,8 +225,10 @@ def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str,
         (first, copy_first), (second, copy_second) = ((left, copy_left), (right, copy_right))[:: -1 if swap else 1]
         views = 2 + (first != batch + outer + summed) + (second != batch + summed + inner)
         scattered = _scattered(left, batch), _scattered(right, batch), placed == "strided" and _scattered(out, batch)
-        operands = _move(first, batch + outer + summed), _move(second, batch + summed + inner)
-        moves = (*operands[:: -1 if swap else 1], _move(batch + outer + inner, out))
+        move_first = _move(first, batch + outer + summed) if copy_first else None
+        move_second = _move(second, batch + summed + inner) if copy_second else None
+        move_out = _move(batch + outer + inner, out) if placed == "copy" else None
+        moves = (move_second, move_first, move_out) if swap else (move_first, move_second, move_out)
         reads = _read(first, summed, outer, copy_first) + _read(second, inner, summed, copy_second)
         yield _Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
 
@@ -243,7 +251,7 @@ def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: s
                 (first, outer), (second, inner) = ((left, m), (right, n))[:: -1 if swap else 1]
                 reads = _read(first, k, outer, False) + _read(second, inner, k, False)
                 scattered = _scattered(left, on_left), _scattered(right, on_right), _scattered(out, on_out)
-                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (), reads)
+                yield _Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (None, None, None), reads)
 
 
 def _move(source: str, target: str) -> tuple[str, str]:
@@ -288,9 +296,13 @@ def _placements(out: str, batch: str, rows: str, columns: str) -> Iterator[tuple
     yield from ((False, "copy"), (True, "copy"))
 
 
-def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], machine: Machine) -> tuple[str, float]:
-    """(kind, seconds) of a form: arithmetic, and what lies out of cache."""
-    h, m, n, k = (math.prod([extent[letter] for letter in part]) for part in (form.batch, form.left, form.right, form.contracted))
+def _third(entry: tuple[_Form, str, float]) -> float:
+    return entry[2]
+
+
+def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], streams: list[float], machine: Machine) -> tuple[str, float]:
+    """(kind, seconds) of a form: arithmetic, and what lies out of cache (`streams`: seconds of reading or writing each tensor once)."""
+    h, m, n, k = (_product(part, extent) for part in (form.batch, form.left, form.right, form.contracted))
     a, b = (n, m) if form.swap else (m, n)
     kind, seconds = "bmm", 0.0
     if h == 1:
@@ -302,18 +314,23 @@ def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], machine: 
         if elementwise < seconds or h == 1:
             kind, seconds = "dot", elementwise
     seconds += machine.view * form.views
-    for size, scattered in zip(volumes, form.scattered, strict=True):
-        seconds += machine.traffic(size) * (_SCATTER if scattered else 1.0)
-    seconds += machine.traffic(volumes[2], new=True) - machine.traffic(volumes[2])
+    for stream, scattered in zip(streams, form.scattered, strict=True):
+        seconds += stream * (_SCATTER if scattered else 1.0)
     if form.batch_on == "operands":  # every item's product is written and read once more
         size = _BYTES * h * m * n
         seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
-    if form.batch_on == "all":
-        for size, copied, move in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), form.moves, strict=True):
-            if copied:
-                length, stride = (math.prod([extent[letter] for letter in part]) for part in move)
-                seconds += machine.element + machine.reorder(size, size // _BYTES // length, _BYTES * stride if length == 1 else None)
+    for size, move in zip(volumes, form.moves, strict=True):
+        if move is not None:
+            length, stride = (_product(part, extent) for part in move)
+            seconds += machine.element + machine.reorder(size, size // _BYTES // length, _BYTES * stride if length == 1 else None)
     return kind, seconds
+
+
+def _product(part: str, extent: Mapping[str, int]) -> int:
+    size = 1
+    for letter in part:
+        size *= extent[letter]
+    return size
 
 
 def _multiply_seconds(left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], machine: Machine) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,11 @@ from tn.spec import ROWS
 
 FORMAT = 2  # of the JSON
 GOALS = ("time", "flops")
-_TILES = (64, 128, 256, 512, 1024, 2048)  # rows worked on at a time that are tried
+_TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
+_TILED = 2  # the fastest of those that are tried with tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
+SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,33 +278,41 @@ def _plan(
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, method=search, seed=seed)
-    plain = Job(leaves, output, size, tuple(needs), table)
-    tiled = [dataclasses.replace(plain, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile) for tile in _tiles(plain)]
-    ranked = sorted((bound(path, plain), path) for path in paths)[:_LAID_OUT]
-    tries = [(bound(path, job), path, job) for job in (plain, *tiled) for _, path in ranked]
+    job = Job(leaves, output, size, tuple(needs), table)
     plans: list[tuple[float, Plan]] = []
-    for least, path, job in sorted(tries, key=lambda entry: entry[0]):
-        if goal == "time" and plans and least >= min(cost for cost, _ in plans):
+
+    def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
+        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
+        plans.append((made.seconds, made))
+
+    for least, path in sorted((bound(path, job), path) for path in paths)[:_LAID_OUT]:
+        if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
             break
-        _, orders = choose(path, job)
-        made = Plan(network, sizes, grad, goal, search, path, orders, None if job is plain else job.sizes[ROWS], table)
-        if made.tile is None or _loops(made):
-            plans.append((made.seconds, made))
-    if goal == "flops":
-        return min(plans, key=lambda entry: (entry[1].flops + entry[1].backward_flops, entry[0]))[1]
-    return min(plans, key=lambda entry: (entry[0], entry[1].flops))[1]
+        add(path, choose(path, job)[1], None)
+    best = _flops if goal == "flops" else _seconds
+    for _, made in sorted(plans, key=best)[: 1 if goal == "flops" else _TILED]:
+        orders: tuple[Axes, ...] = ()
+        for tile in _tiles(made):
+            tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
+            orders = orders or choose(made.path, tiled)[1]
+            add(made.path, orders, tile)
+    return min(plans, key=best)[1]
 
 
-def _tiles(job: Job) -> list[int]:
-    """Tiles of rows to try: those that leave several of them, where the result has rows."""
-    if not job.machine.tiles or ROWS not in job.output or len(job.inputs) < 3:
+def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
+    return entry[0], entry[1].flops
+
+
+def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
+    return entry[1].flops + entry[1].backward_flops, entry[0]
+
+
+def _tiles(plan: Plan) -> list[int]:
+    """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
+    inner = any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
+    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1]:
         return []
-    return [tile for tile in _TILES if 2 * tile <= job.sizes[ROWS]]
-
-
-def _loops(plan: Plan) -> bool:
-    """Whether tiles would make a difference: there is an intermediate with rows."""
-    return any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
+    return [tile for tile in _TILES if 2 * tile <= plan.size[ROWS]]
 
 
 def _table(plan: Plan) -> str:

@@ -25,6 +25,7 @@ from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
 from tn.pairing import pair
 from tn.plan import Plan, plan
+from tn.spec import ROWS
 from tn.writer import Value, Writer, tuple_of
 
 # Variables and functions of generated code.
@@ -38,38 +39,40 @@ class Program:
 
     Attributes:
         plan: what it runs. source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
+        plain: the plain form, called with the operands. fast: the fast form, which returns the result and what the gradient needs; None
+            where the plain form is as good.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.names = plan.network.names
         self._code = _with_safe_names(plan)
-        self._plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
-        self._fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
+        self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
+        self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
         if _worth_owning(plan):
-            self._fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
+            self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
     def source(self) -> str:
         """The generated Python."""
-        if self._fast is None:
+        if self.fast is None:
             return self.plain_source
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Tensor:
         if _transforming():
-            return self._plain(*operands)
+            return self.plain(*operands)
         if torch._C._is_any_autocast_enabled():
             operands = tuple(autocast(operands))
         if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
             with torch.autocast("cpu", enabled=False):
                 return self(*(operand.float() for operand in operands)).half()
-        if self._fast is None or not _fits_fast(operands):
-            return self._plain(*operands)
+        if self.fast is None or not fits_fast(operands):
+            return self.plain(*operands)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return _Owned.apply(self, *operands)
-        return self._fast(*operands)[0]
+        return self.fast(*operands)[0]
 
     def backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated gradient function for the operands that need one."""
@@ -78,6 +81,26 @@ class Program:
             found, _ = _load(self.plan, "backward", _backward_source(self._code, needs))
             self._backwards[needs] = found
         return found
+
+    def opaque_forward(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The fast form that returns equally many tensors for every number of rows: all at once, or always tile by tile."""
+        assert self.fast is not None
+        return self.fast if self.plan.tile is None else self.fast.__globals__["forward_tiled"]
+
+    def result_shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
+        """Shape of the result for operands that fit; sizes may be symbols of a compiler."""
+        network = self.plan.network
+        lead: tuple[int, ...] = ()
+        for name, operand in zip(self.names, operands, strict=True):
+            dims = network.term(name).dims
+            if dims[:1] == ((ROWS,),):
+                lead = tuple(operand.shape[: operand.dim() - len(dims) + 1])
+        return (*lead, *(math.prod(network.sizes[axis] for axis in dim) for dim in network.output.dims if dim != (ROWS,)))
+
+    def opaque_backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
+        """Its gradient function for the operands that need one."""
+        found = self.backward(needs)
+        return found if self.plan.tile is None else found.__globals__["backward_tiled"]
 
     def __repr__(self) -> str:
         return f"Program({self.plan.network.spec})"
@@ -91,8 +114,8 @@ class _Owned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, program: Program, *operands: Tensor) -> Tensor:
-        assert program._fast is not None
-        result, *saved = program._fast(*operands)
+        assert program.fast is not None
+        result, *saved = program.fast(*operands)
         ctx.program = program
         ctx.save_for_backward(*operands, *saved)
         return result
@@ -105,7 +128,7 @@ class _Owned(torch.autograd.Function):
         operands = ctx.saved_tensors[: len(needs)]  # create_graph: differentiate the plain form, which autograd sees through
         aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(program._plain(*aliases), wanted, gradient, create_graph=True))
+        found = iter(torch.autograd.grad(program.plain(*aliases), wanted, gradient, create_graph=True))
         return None, *(next(found) if need else None for need in needs)
 
 
@@ -123,7 +146,7 @@ def _transforming() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _fits_fast(operands: Sequence[Tensor]) -> bool:
+def fits_fast(operands: Sequence[Tensor]) -> bool:
     """The fast form's own gradients hold for real floating tensors of one dtype; low precision on a CPU takes the plain form."""
     first = operands[0]
     if not first.is_floating_point() or (first.device.type == "cpu" and first.dtype not in (torch.float32, torch.float64)):

@@ -162,7 +162,7 @@ class Writer:
             return made
         self.add(f"{name} = {call})")
         made = Value(name, flat, groups)
-        return made if flat == order or p.out == "native" and p.kind != "dot" else self.reorder(made, order, strided)
+        return made if flat == order or (p.out == "native" and p.kind != "dot") else self.reorder(made, order, strided)
 
     def write(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
         """Write one step into an existing tensor."""
@@ -196,7 +196,7 @@ class Writer:
     def _call(self, left: Value, right: Value, order: Axes, p: Pairing) -> tuple[str, tuple[Axes, ...]]:
         """(the call that runs a step, without its closing parenthesis, groups of the result's dimensions)."""
         if p.kind == "multiply":
-            a, b = (self._spread(value, [axis for axis in order]) for value in (left, right))
+            a, b = (self._spread(value, order) for value in (left, right))
             return f"torch.mul({a}, {b}", tuple((axis,) for axis in order)
         if p.kind == "dot":
             batch = (*p.batch, *p.left, *p.right)  # every kept axis beyond the batch has size one

@@ -1,4 +1,5 @@
-"""Execution: structured layers against torch.einsum, opt_einsum and cotengra, and BTT against dense and a hand-written function."""
+"""Execution: structured layers against torch.einsum, opt_einsum and cotengra; BTT against dense products, a hand-written function, and
+`nn.Linear`; compiled layers against eager ones."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,18 +7,20 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import tn
 from bench.cases import LAYERS, ROWS, Layer
 from bench.handwritten import TiledBTT
-from bench.libraries import einsum_peers
+from bench.libraries import LIBRARIES, einsum_peers
 from bench.models import Parser
 from bench.row import RESULTS, Row, append, wide_console
 from bench.timing import interleaved
 from tn.errors import unknown
 
 BTT = ((1024, 4096, (1, 4)), (4096, 2048, (1, 4)))  # width, rows, ranks
+LINEAR = tuple((width, rank, rows) for width in (512, 1024, 2048, 4096) for rank in (1, 4, 16) for rows in (1, 16, 256, 4096))
+COMPILED = tuple((width, rank, rows) for width in (512, 1024) for rank in (1, 4) for rows in (256, 2048))
 TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function; not swept for it
 
 Run = Callable[[], object]
@@ -119,16 +122,55 @@ def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
             )
 
 
+def linear_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row]:
+    """A BTT layer beside `nn.Linear`: modules with bias, forward alone and with the gradients of input and parameters."""
+    layer, dense = tn.StructuredLinear(width, width, structure="btt", rank=rank), nn.Linear(width, width)
+    yield from _beside("Linear", layer, dense, "nn.Linear", torch.randn(rows, width), rounds, f"BTT {width} rank {rank}")
+
+
+def compiled_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row]:
+    """A structured MLP compiled with fullgraph=True beside itself in eager mode."""
+    layers = [tn.StructuredLinear(width, 4 * width, structure="btt", rank=rank), nn.GELU()]
+    mlp = nn.Sequential(*layers, tn.StructuredLinear(4 * width, width, structure="btt", rank=rank))
+    compiled = torch.compile(mlp, fullgraph=True)
+    x = torch.randn(rows, width)
+    if (compiled(x) - mlp(x)).abs().max() > 1e-3:
+        raise RuntimeError("the compiled MLP differs from the eager one; nothing is timed")
+    yield from _beside("compiled", compiled, mlp, "eager", x, rounds, f"BTT MLP {width} rank {rank}")
+
+
+def _beside(kind: str, model: nn.Module, other: nn.Module, peer: str, x: Tensor, rounds: int, case: str) -> Iterator[Row]:
+    """A row for each pass of a model beside another one."""
+    tracked, cotangent = x.clone().requires_grad_(), torch.ones_like(x)
+
+    def forward(model: nn.Module) -> Run:
+        def run() -> object:
+            with torch.no_grad():
+                return model(x)
+
+        return run
+
+    def both(model: nn.Module) -> Run:
+        tensors = [tracked, *model.parameters()]
+        return lambda: torch.autograd.grad(model(tracked), tensors, cotangent)
+
+    for what, make in (("forward", forward), ("forward + backward", both)):
+        times = interleaved({"tn": make(model), peer: make(other)}, rounds=rounds, least_seconds=0.005)
+        (low, high), ratio = times["tn"].quartiles, times["tn"].faster_than(times[peer])
+        values = {"seconds": times["tn"].median, "low": low, "high": high, "ratio": ratio}
+        yield Row(bench="execution", case=f"{kind}: {case}", what=what, samples=rounds, tokens=len(x), peer=peer, **values)
+
+
 def main(arguments: list[str]) -> int:
     """Time, print and store; returns 0."""
     parser = Parser(prog="python -m bench execution", description=__doc__)
-    parser.add_argument("--family", default="", help="only families whose name starts with this (BTT, TT, Tucker, CP, Monarch)")
+    parser.add_argument("--family", default="", help="only what starts with this: BTT, Linear, compiled, TT, …")
     parser.add_argument("--width", type=int, nargs="*", help="only these widths")
-    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="rows of the einsum cases (default: 16 256 4096)")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, *ROWS, 2048], help="rows of the cases (default: 1 16 256 2048 4096)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
     parser.add_argument("--out", type=Path, default=RESULTS / "execution.jsonl", help="file the rows are added to")
     given = parser.parse_args(arguments)
-    families = sorted({layer.family for layer in LAYERS} | {"BTT"})
+    families = sorted({layer.family for layer in LAYERS} | {"BTT", "Linear", "compiled"})
     if not any(family.lower().startswith(given.family.lower()) for family in families):
         raise ValueError(unknown("family", given.family, families))
     if min([given.rounds, *given.rows]) < 1:
@@ -143,12 +185,15 @@ def main(arguments: list[str]) -> int:
     for width, rows, ranks in BTT:
         for rank in ranks:
             found += btt_rows(width, rows, rank, given.rounds) if chosen("BTT", width) else []
+    for kind, cases, make in (("Linear", LINEAR, linear_rows), ("compiled", COMPILED, compiled_rows)):
+        for width, rank, rows in cases:
+            found += make(width, rank, rows, given.rounds) if chosen(kind, width) and rows in given.rows else []
     for layer in LAYERS:
-        for rows in given.rows:
-            if chosen(layer.family, layer.width):
+        for rows in ROWS:
+            if rows in given.rows and chosen(layer.family, layer.width):
                 found += layer_rows(layer, rows, given.rounds)
     console.print(_table(found))
-    against = [row.ratio for row in found if row.peer not in ("dense", "by hand") and row.ratio]
+    against = [row.ratio for row in found if row.peer in LIBRARIES and row.ratio]
     if against:
         mean = math.exp(sum(map(math.log, against)) / len(against))
         console.print(f"{len(against)} cells against the best of three libraries: geometric mean {mean:.2f} ×, least {min(against):.2f} ×")
@@ -164,6 +209,6 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         assert row.seconds and row.low and row.high and row.ratio
         spread = f"{row.low * 1e3:.2f}–{row.high * 1e3:.2f}"
-        rate = f"{row.flops / row.seconds / 1e9:.0f}"
+        rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
         table.add_row(row.case, str(row.tokens), row.what, f"{row.seconds * 1e3:.2f} ms", spread, rate, row.peer, f"{row.ratio:.2f}")
     return table

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import tn
 
+LIBRARIES = ("torch.einsum", "opt_einsum", "cotengra")
+
 
 def einsum_peers(network: tn.Network, rows: int) -> dict[str, Callable[..., Tensor]]:
     """name → function of the network's operands as it stores them, planned beforehand where the library can."""

@@ -56,6 +56,7 @@ def interleaved(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    _settle_allocator()
     repeats = {}
     for name, function in functions.items():
         for _ in range(warmup):
@@ -67,6 +68,12 @@ def interleaved(
         for name in order:
             samples[name].append(_sample(functions[name], repeats[name], clock))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _settle_allocator() -> None:
+    """Bring glibc's allocator where any training process soon is: once it has freed a block of just under 32 MB it keeps smaller ones,
+    instead of handing each back to the system, which made times depend on what ran before."""
+    torch.ones(31 << 18)
 
 
 def _sample(function: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:

@@ -9,7 +9,7 @@ from tn.network import Network, network
 from tn.ops import Mask
 from tn.plan import Plan, plan
 from tn.program import Program, compile
-from tn.report import flops
+from tn.report import explain, flops
 from tn.restructure import densify, restructure
 from tn.scaling import param_groups
 from tn.tracing import Node, Trace, trace
@@ -19,5 +19,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
     "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
+    "explain", "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ FORMAT = 2  # of the JSON
 GOALS = ("time", "flops")
 _TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
+_SHOWN = 3  # plans not chosen that a plan remembers
 _TILED = 2  # the fastest of those that are tried with tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
 SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
@@ -50,6 +51,8 @@ class Plan:
         tile: rows worked on at a time, so that intermediates stay in cache; None to take all rows at once. With tiles, the backward
             pass makes the intermediates again instead of keeping them.
         machine: the table of rates behind the predicted times.
+        floor: seconds below which no tree that was looked at can be predicted, whatever its layout.
+        others: the best of the plans that were not chosen: predicted seconds, path, tile.
     """
 
     network: Network
@@ -61,6 +64,8 @@ class Plan:
     orders: tuple[Axes, ...]
     tile: int | None
     machine: Machine = field(repr=False)
+    floor: float = 0.0
+    others: tuple[tuple[float, Path, int | None], ...] = ()
 
     @functools.cached_property
     def size(self) -> Mapping[str, int]:
@@ -181,6 +186,8 @@ class Plan:
             "path": self.path,
             "orders": self.orders,
             "tile": self.tile,
+            "floor": self.floor,
+            "others": self.others,
             "machine": self.machine.name,
             "machine_digest": self.machine.digest,
         }
@@ -208,7 +215,9 @@ class Plan:
         path = tuple((left, right) for left, right in value["path"])
         orders = tuple(map(tuple, value["orders"]))
         network = Network.from_json(json.dumps(value["network"]))
-        return cls(network, sizes, tuple(value["grad"]), value["goal"], value["search"], path, orders, value["tile"], table)
+        others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
+        grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
+        return cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, value["floor"], others)
 
     def __str__(self) -> str:
         return _table(self)
@@ -285,7 +294,8 @@ def _plan(
         made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
         plans.append((made.seconds, made))
 
-    for least, path in sorted((bound(path, job), path) for path in paths)[:_LAID_OUT]:
+    ranked = sorted((bound(path, job), path) for path in paths)
+    for least, path in ranked[:_LAID_OUT]:
         if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
             break
         add(path, choose(path, job)[1], None)
@@ -296,7 +306,10 @@ def _plan(
             tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
             orders = orders or choose(made.path, tiled)[1]
             add(made.path, orders, tile)
-    return min(plans, key=best)[1]
+    _, chosen = min(plans, key=best)
+    others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
+    shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
+    return dataclasses.replace(chosen, floor=ranked[0][0], others=shown)
 
 
 def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
@@ -333,7 +346,21 @@ def _table(plan: Plan) -> str:
         lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
     work = f"forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
     lines.append(f"  {work}, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
+    for seconds, path, tile in plan.others:
+        rows = "all rows at once" if tile is None else f"{tile} rows at a time"
+        more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0
+        lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
+    if plan.floor:
+        lines.append(f"  no order of contraction can be predicted below {plan.floor * 1e6:.0f} µs for all rows at once")
     return "\n".join(lines)
+
+
+def _words(path: Path, names: list[str]) -> str:
+    """A path as nested products of tensor names."""
+    values = names[: len(path) + 1]
+    for left, right in path:
+        values.append(f"({values[left]} · {values[right]})")
+    return values[-1][1:-1] if path else values[-1]
 
 
 def _row(plan: Plan, title: str, step: Step) -> str:

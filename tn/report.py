@@ -2,7 +2,9 @@
 
 from torch import nn
 
-from tn.plan import Plan
+from tn.contraction import Contraction
+from tn.plan import SEGMENTS, Plan
+from tn.spec import ROWS
 from tn.tracing import trace
 
 
@@ -18,3 +20,31 @@ def flops(target: nn.Module | Plan, *inputs: object) -> int:
     if isinstance(target, Plan):
         return target.flops
     return trace(target, *inputs).flops
+
+
+def explain(target: nn.Module | Plan) -> str:
+    """Why it runs as it does: the plans of a layer, or of every one in a module, for each range of rows, in training and evaluation.
+
+    Each plan's table has, for every step, the operator, FLOPs, bytes, copies, predicted time and memory order, and the plans that were
+    not chosen. Layers with the same network share a section.
+
+    >>> import tn
+    >>> print(tn.explain(tn.StructuredLinear(64, 64, structure="btt")).splitlines()[0])
+    StructuredLinear(64, 64, bias=True, structure='btt', rank=1, factors=((8, 8), (8, 8)))
+    """
+    if isinstance(target, Plan):
+        return str(target)
+    layers: dict[object, list[tuple[str, Contraction]]] = {}
+    for name, module in target.named_modules():
+        if isinstance(module, Contraction):
+            layers.setdefault(module.network, []).append((name, module))
+    lines: list[str] = []
+    for alike in layers.values():
+        names, layer = [name for name, _ in alike if name], alike[0][1]
+        lines += [*([", ".join(names)] if names else []), repr(layer)]
+        ranges = SEGMENTS if layer.network.dynamic == (ROWS,) else SEGMENTS[-1:]
+        for what, grad in (("training", layer.network.names), ("evaluation", ())):
+            for below, rows in ranges:
+                size = f"fewer than {below} rows" if isinstance(below, int) else "any other number of rows"
+                lines += [f"{what}, {size}:", str(layer.plan(rows, grad=grad))]
+    return "\n".join(lines) if lines else "no contractions"

@@ -176,3 +176,26 @@ def test_any_word_names_a_tensor_or_an_axis(name, backend):
     assert torch.allclose(got, want)
     for a, b in zip(torch.autograd.grad(got.sum(), operands), torch.autograd.grad(want.sum(), operands), strict=True):
         assert torch.allclose(a, b)
+
+
+def test_a_plan_remembers_what_it_was_chosen_over():
+    plan = tn.plan(TT, grad=("x", "g", "h"), rows=2048)
+    assert plan.others and all(seconds >= plan.seconds for seconds, _, _ in plan.others)
+    assert "not chosen: " in str(plan) and "no order of contraction can be predicted below" in str(plan)
+    assert tn.Plan.from_json(plan.to_json()) == plan
+
+
+def test_explain_shows_every_range_of_rows_in_both_modes():
+    model = torch.nn.Sequential(tn.StructuredLinear(64, 64, structure="btt"), torch.nn.GELU(), tn.StructuredLinear(64, 64, structure="btt"))
+    text = tn.explain(model)
+    assert text.startswith("0, 2\nStructuredLinear(64, 64")
+    assert text.count("plan of x: ") == 6 and "training, fewer than 32 rows:" in text and "evaluation, any other number of rows:" in text
+    assert tn.explain(torch.nn.ReLU()) == "no contractions"
+
+
+def test_one_layer_runs_another_plan_for_few_rows():
+    layer = tn.StructuredLinear(64, 64, structure="btt", rank=2)
+    with torch.no_grad():
+        for rows in (1, 31, 32, 511, 512, 3000):
+            layer(torch.randn(rows, 64))
+    assert sorted(key[-1] for key in layer._programs) == [0, 1, 2]

@@ -36,7 +36,7 @@ def test_the_strategy_reaches(wanted):
 
 def test_the_strategy_reaches_size_one_and_the_fast_form():
     find(networks(), lambda case: any(1 in shape for shape in case[1].values()), settings=QUIET)
-    find(networks(), lambda case: tn.compile(case[0])._fast is not None, settings=QUIET)
+    find(networks(), lambda case: tn.compile(case[0]).fast is not None, settings=QUIET)
 
 
 def test_one_shot_is_einsum():

@@ -187,13 +187,12 @@ class Contraction(nn.Module):
         ]
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
-        lead = self._lead
+        first, lead = operands[0], self._lead
         rows = operands[lead[0]].numel() // lead[1] if lead is not None else 0
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # one graph for every number of rows, of aten calls alone
                 return self._compiled[-1][1].plain(*operands)
             return next(run for below, run in self._compiled if rows < below)(operands)
-        first = operands[0]
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
         segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)

@@ -61,18 +61,17 @@ class Program:
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Tensor:
-        if _transforming():
-            return self.plain(*operands)
         if torch._C._is_any_autocast_enabled():
             operands = tuple(autocast(operands))
-        if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
-            with torch.autocast("cpu", enabled=False):
-                return self(*(operand.float() for operand in operands)).half()
-        if self.fast is None or not fits_fast(operands):
+        fast = self.fast
+        if fast is None or _transforming() or not fits_fast(operands):
+            if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
+                with torch.autocast("cpu", enabled=False):
+                    return self(*(operand.float() for operand in operands)).half()
             return self.plain(*operands)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return _Owned.apply(self, *operands)
-        return self.fast(*operands)[0]
+        return fast(*operands)[0]
 
     def backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated gradient function for the operands that need one."""
@@ -244,7 +243,7 @@ def _plain_source(plan: Plan) -> str:
     writer = Writer(plan)
     _, result = _forward_body(writer, strided=False)
     text = _new(writer, result)
-    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.lines, f"    return {text}", ""])
+    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(), f"    return {text}", ""])
 
 
 def _fast_source(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """The words of generated programs: expressions for views, products and results, written line by line."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from tn.errors import SizeError
@@ -30,6 +31,11 @@ class Writer:
 
     def add(self, line: str) -> None:
         self.lines.append(f"{self.indent}{line}")
+
+    def finish(self) -> list[str]:
+        """The lines, without the number of rows where nothing asks for it."""
+        asked = sum(len(re.findall(rf"\b{self.rows}\b", line)) for line in self.lines)
+        return [line for line in self.lines if asked > 1 or not line.lstrip().startswith(f"{self.rows} = ")]
 
     def variable(self, axis: str) -> str:
         """The Python variable that holds the size of a dynamic axis."""
@@ -109,7 +115,7 @@ class Writer:
         if simple and len(term.dims) <= 2:  # one matrix of rows, without a view where it is one already
             flat = self.fresh()
             rest = f", {self.extent(term.dims[1])}" if term.dims[1:] else ","
-            self.add(f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape(({self.rows}{rest}))")
+            self.add(f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape((prod(lead){rest}))")
             return Value(flat, term.axes, term.dims)
         if simple:
             return Value(term.name, term.axes, None)

@@ -4,6 +4,7 @@ from tn import errors, ops, structures, testing
 from tn.contraction import Contraction, backend
 from tn.einsum import contract, einsum
 from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
+from tn.frozen import frozen
 from tn.linear import Embedding, StructuredLinear
 from tn.network import Network, network
 from tn.ops import Mask
@@ -19,5 +20,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
     "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "explain", "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
+    "explain", "flops", "frozen", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
 ]  # fmt: skip

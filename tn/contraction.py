@@ -93,6 +93,8 @@ class Contraction(nn.Module):
     torch.Size([5, 4])
     """
 
+    _merged: Any = None  # inside tn.frozen: runs the layer as one product
+
     def __init__(
         self,
         spec: str,
@@ -195,6 +197,10 @@ class Contraction(nn.Module):
             return next(run for below, run in self._compiled if rows < below)(operands)
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
         segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
+        if self._merged is not None and grads is None and not self.training:
+            merged = self._merged(operands[self.network.names.index(self._inputs[0])], segment)
+            if merged is not None:
+                return self._shaped(merged)
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
@@ -203,6 +209,16 @@ class Contraction(nn.Module):
         if tracing.recording():
             self._record(run.plan, operands, result)
         return result
+
+    def _shaped(self, merged: Tensor) -> Tensor:
+        """(..., outputs) in the stored shape of the output."""
+        dims = [dim for dim in self.network.output.dims if dim != (ROWS,)]
+        return merged.reshape(*merged.shape[:-1], *(math.prod(self.network.sizes[axis] for axis in dim) for dim in dims))
+
+    def refresh(self) -> None:
+        """Inside `tn.frozen`: forget the merged matrix, after a write through `.data`, which nothing can notice."""
+        if self._merged is not None:
+            self._merged.refresh()
 
     def _refuse(self, inputs: tuple[object, ...]) -> None:
         if len(inputs) != len(self._inputs):

@@ -1,4 +1,4 @@
-"""Evaluation with frozen weights: where one dense product is faster than the contraction, the cores are merged once and the matrix is kept."""
+"""Evaluation with frozen weights: where one dense product is faster, the cores are merged once and the matrix is kept."""
 
 import contextlib
 import math
@@ -13,6 +13,9 @@ from tn.errors import OperatorError
 from tn.network import Network
 from tn.plan import SEGMENTS, plan
 from tn.spec import ROWS, Spec, Term
+
+
+_CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
 
 
 class _Merged:
@@ -55,7 +58,7 @@ class _Merged:
         contraction = plan(self.layer.network, rows=rows, dtype=x.dtype, device=x.device)
         table = contraction.machine
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
-        return dense < contraction.seconds
+        return dense < contraction.seconds + _CALLS * table.element
 
     def _merge(self, dtype: torch.dtype) -> Tensor:
         """(out, in), merged in at least fp32."""
@@ -82,8 +85,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluate a model whose weights stay as they are: contractions run as one dense product wherever that is predicted to be faster.
 
     The merged matrices are kept inside the block only. A changed core (`load_state_dict`, an assignment, an operation in place) is noticed
-    by its version counter or address and merged again, and so is a step of any torch optimiser; writes through `.data` cannot be noticed: call `layer.refresh()` after them. Calls
-    with gradients enabled, or in training mode, run as if there were no block.
+    by its version counter or address and merged again, and so is a step of any torch optimiser. Writes through `.data` cannot be noticed:
+    call `layer.refresh()` after them. Calls with gradients enabled, or in training mode, run as if there were no block.
 
     Args:
         model: in evaluation mode.

@@ -14,7 +14,6 @@ from tn.network import Network
 from tn.plan import SEGMENTS, plan
 from tn.spec import ROWS, Spec, Term
 
-
 _CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
 
 

@@ -1,8 +1,9 @@
 """tn: every layer is a tensor-network contraction: written as a spec, planned, run fast, trained and looked into."""
 
 from tn import errors, ops, structures, testing
+from tn.bridge import from_cotengra
 from tn.contraction import Contraction, backend
-from tn.einsum import contract, einsum
+from tn.einsum import contract, contract_path, einsum, tensordot, transpose
 from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
 from tn.linear import Embedding, StructuredLinear
 from tn.network import Network, network

@@ -1,7 +1,7 @@
 """tn: every layer is a tensor-network contraction: written as a spec, planned, run fast, trained and looked into."""
 
 from tn import errors, ops, structures, testing
-from tn.bridge import from_cotengra
+from tn.bridge import from_cotengra, from_quimb
 from tn.contraction import Contraction, backend
 from tn.einsum import contract, contract_path, einsum, tensordot, transpose
 from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
-    "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
+    "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "contract_path", "densify",
+    "einsum", "errors", "flops", "from_cotengra", "from_quimb", "network", "ops", "param_groups", "plan", "restructure", "structures",
+    "tensordot", "testing", "trace", "transpose",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ _WIDER = {torch.bool: torch.float64, torch.complex32: torch.complex64}
 _NARROWED: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.bool: lambda t: t != 0, torch.complex32: lambda t: t.to(torch.complex32)}
 _IN_NUMPY = {torch.uint16, torch.uint32, torch.uint64}
 
-_BOUND: dict[tuple, Callable[..., Tensor]] = {}  # equation, optimize, gradient mode, (shape, dtype, device, gradient) of each operand
+# (equation, optimize, gradient mode, (shape, dtype, device, gradient) of each operand) → what runs such a call; other keys for contract, arrays
+_BOUND: dict[tuple, Callable[..., Any]] = {}
 _BOUND_LIMIT = 8192
 
 
@@ -71,31 +72,51 @@ def einsum(
             raise OperatorError("order= and casting= act on NumPy operands; inside torch.compile they are torch tensors: leave them out")
         result = einsum_call(args, optimize, dtype)
         return result if out is None else out.copy_(result)
-    key: tuple | None = None
+    key = None
     if out is None and dtype is None and order is None and casting is None:
         operands = args[1:]
         try:
             key = (args[0], optimize, torch.is_grad_enabled(), *[(t.shape, t.dtype, t.device, t.requires_grad) for t in operands])
             run = _BOUND.get(key)
         except (AttributeError, IndexError, TypeError):  # no operands, arrays, lists, numbers, an optimize= that is a list
-            key = run = None
+            key = _array_key(args, optimize)
+            run = _BOUND.get(key) if key is not None else None
         if run is not None:
             return run(*operands)
     ranked, operands = _split(args)
-    if not any(isinstance(operand, Tensor) for operand in operands):
-        arrays = [np.asanyarray(operand) for operand in operands]
-        loose = optimize is not None and optimize is not False  # as in NumPy, whose optimised einsum assigns its result to `out`
-        equation = ranked(tuple(array.ndim for array in arrays))
-        runner = functools.partial(_run_arrays, route(optimize))
-        return einsum_arrays(equation, arrays, runner, out=out, dtype=dtype, order=order, casting=casting, loose=loose)
-    tensors = _tensors(operands, dtype, order, casting)
-    run = _bind(ranked(tuple(tensor.dim() for tensor in tensors)), tensors, route(optimize))
-    if key is not None and isinstance(args[0], str):
-        if len(_BOUND) >= _BOUND_LIMIT:
-            _BOUND.clear()
-        _BOUND[key] = run
-    result = run(*tensors)
-    return result if out is None else _write(result, out)
+    if any(isinstance(operand, Tensor) for operand in operands):
+        tensors = _tensors(operands, dtype, order, casting)
+        run = _bind(ranked(tuple(tensor.dim() for tensor in tensors)), tensors, route(optimize))
+        if key is not None and isinstance(args[0], str):
+            _remember(key, run)
+        result = run(*tensors)
+        return result if out is None else _write(result, out)
+    arrays = [np.asanyarray(operand) for operand in operands]
+    equation = ranked(tuple(array.ndim for array in arrays))
+    if key is not None:
+        inner = _bind(equation, list(map(torch.from_numpy, arrays)), route(optimize))
+        _remember(key, lambda *a: inner(*map(torch.from_numpy, a)).numpy()[()])
+        return _BOUND[key](*arrays)
+    loose = optimize is not None and optimize is not False  # as in NumPy, whose optimised einsum assigns its result to `out`
+    run_arrays = functools.partial(_run_arrays, route(optimize))
+    return einsum_arrays(equation, arrays, run_arrays, out=out, dtype=dtype, order=order, casting=casting, loose=loose)
+
+
+def _array_key(args: tuple, optimize: Any) -> tuple | None:
+    """What a call on NumPy arrays is remembered by, where torch can read them as they are and the result needs no turning."""
+    arrays = args[1:]
+    if len(arrays) < 2 or not isinstance(args[0], str) or not (optimize is None or isinstance(optimize, bool | str)):
+        return None
+    if not all(type(array) is np.ndarray and array.flags.carray and in_torch(array.dtype) for array in arrays):
+        return None
+    dtype = arrays[0].dtype
+    return None if any(array.dtype != dtype for array in arrays) else (args[0], optimize, dtype, *[array.shape for array in arrays])
+
+
+def _remember(key: tuple, run: Callable[..., Any]) -> None:
+    if len(_BOUND) >= _BOUND_LIMIT:
+        _BOUND.clear()
+    _BOUND[key] = run
 
 
 def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand:
@@ -119,12 +140,21 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
         raise OperatorError(unknown("backend", backend, BACKENDS))
     if torch.compiler.is_compiling():
         return contract_call(spec, operands, backend)
+    try:
+        key = (spec, backend, torch.is_grad_enabled(), *[(t.shape, t.dtype, t.device, t.requires_grad) for t in operands])
+        run = _BOUND.get(key)
+    except (AttributeError, TypeError):  # arrays; whatever is refused below
+        run = None
+    if run is not None:
+        return run(*operands)
     if operands and all(isinstance(operand, np.ndarray | np.generic) for operand in operands):
         return _contract_arrays(spec, [np.asarray(operand) for operand in operands], backend)
     tensors = _tensors(operands)
     net = _network(spec)
     sizes = _sizes(net, spec, [tuple(tensor.shape) for tensor in tensors])
-    return family(_structure(net.spec, tensors, "auto", backend)).find(sizes)(*tensors)
+    run = family(_structure(net.spec, tensors, "auto", backend)).find(sizes)
+    _remember(key, run)
+    return run(*tensors)
 
 
 def _contract_arrays(spec: str, arrays: Sequence[np.ndarray], backend: str) -> np.ndarray:

@@ -66,8 +66,9 @@ def _contract(spec: str, operands: Sequence[Tensor], backend: str) -> Tensor:
     return _program(net.spec, operands, sizes, "auto", backend)(*operands)
 
 
-_LIBRARY.impl("einsum", _einsum, "CompositeImplicitAutograd")
-_LIBRARY.impl("contract", _contract, "CompositeImplicitAutograd")
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):  # vmap has a dispatch key of its own for the same thing
+    _LIBRARY.impl("einsum", _einsum, _key)
+    _LIBRARY.impl("contract", _contract, _key)
 
 
 def _program(spec: Any, operands: Sequence[Tensor], sizes: Mapping[str, Any], asked: Hashable, backend: str) -> Program | EinsumProgram:

@@ -37,7 +37,7 @@ def route(optimize: Any) -> Hashable:
         return "auto" if optimize == "auto" else ("named", _known(optimize), None)
     if callable(optimize):  # PathOptimizer objects of opt_einsum and cotengra, functions of the same form
         return "optimizer", optimize
-    for attribute in ("path", "get_path"):  # a PathInfo; a ContractionTree
+    for attribute in ("get_path", "path"):  # a ContractionTree; a PathInfo
         found = getattr(optimize, attribute, None)
         if found is not None:
             return route(found() if callable(found) else found)

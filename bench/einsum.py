@@ -17,7 +17,7 @@ from bench.timing import interleaved
 from tn.errors import unknown
 
 FAMILIES = ("network", "hypernetwork", "regular", "lattice", "chain", "tree")
-SEEDS = range(8)  # of each family's generator, at two sizes each
+SEEDS = range(8)  # of each family's generator, at three sizes each
 MOST_FLOPS = 1e9
 
 
@@ -39,22 +39,22 @@ def cases(family: str, seeds: range = SEEDS) -> Iterator[Case]:
     from einsum_benchmark.generators import random, structured  # late: an optional extra
 
     for seed in seeds:
-        for size in (0, 1):
+        for step, size in enumerate(("small", "medium", "large")):
             made = {
-                "network": lambda seed=seed, n=(6, 12)[size]: random.connected_network(n, 2.5, 2, 4, 10, seed=seed),
-                "hypernetwork": lambda seed=seed, n=(6, 12)[size]: random.connected_hypernetwork(
-                    n, 2.5, max_edge_order=4, number_of_output_indices=2, min_axis_size=2, max_axis_size=8, seed=seed
+                "network": lambda seed=seed, n=(6, 12, 9)[step], d=(10, 10, 24)[step]: random.connected_network(n, 2.5, 2, 4, d, seed=seed),
+                "hypernetwork": lambda seed=seed, n=(6, 12, 8)[step], d=(8, 8, 20)[step]: random.connected_hypernetwork(
+                    n, 2.5, max_edge_order=4, number_of_output_indices=2, min_axis_size=2, max_axis_size=d, seed=seed
                 ),
-                "regular": lambda seed=seed, n=(8, 14)[size]: random.regular(n, 3, 4, 8, seed=seed),
-                "lattice": lambda seed=seed, d=((3, 3), (3, 5))[size]: structured.lattice(d, d_min=3, d_max=6, seed=seed),
-                "chain": lambda seed=seed, n=(3, 8)[size]: structured.matrix_chain(n, 10, 400, seed=seed),
-                "tree": lambda seed=seed, n=(8, 16)[size]: structured.tree(n, seed=seed),
+                "regular": lambda seed=seed, n=(8, 14, 10)[step], d=(8, 8, 24)[step]: random.regular(n, 3, 4, d, seed=seed),
+                "lattice": lambda seed=seed, n=((3, 3), (3, 5), (3, 4))[step], d=(6, 6, 12)[step]: structured.lattice(n, False, 3, d, seed),
+                "chain": lambda seed=seed, n=(3, 8, 10)[step], d=(400, 400, 1000)[step]: structured.matrix_chain(n, 10, d, seed=seed),
+                "tree": lambda seed=seed, n=(8, 16, 10)[step], d=(12, 12, 40)[step]: structured.tree(n, 4, d, seed=seed),
             }[family]
             try:
                 equation, shapes = made()[:2]
             except ValueError:  # the generator of hypernetworks draws from an empty range for some seeds
                 continue
-            yield Case(f"{family} {'small' if size == 0 else 'large'} {seed}", equation, tuple(tuple(map(int, shape)) for shape in shapes))
+            yield Case(f"{family} {size} {seed}", equation, tuple(tuple(map(int, shape)) for shape in shapes))
 
 
 def within(case: Case) -> bool:

@@ -1,7 +1,8 @@
 """Programs found again: calls of one structure share them, and a size that changes from call to call becomes dynamic.
 
-The first call of a structure is planned for its very sizes. When another call has other sizes, the axes that differ become dynamic, and
-the Program for them runs every size near those it was planned for: a loop over batch sizes plans twice.
+The first call of a structure is planned for its very sizes. When another call differs in one or two sizes, those axes become dynamic, and
+the Program for them runs every size near those it was planned for: a loop over batch sizes plans twice. A call that differs in more is
+another network with the same equation, whose best order may be another one: it is planned for its own sizes.
 """
 
 import functools
@@ -20,7 +21,8 @@ from tn.plan import leaf_axes, plan
 from tn.program import EinsumProgram, Program
 from tn.spec import ROWS, Spec
 
-_MEMBERS = 4  # programs of one structure
+_MEMBERS = 16  # programs of one structure; when there are so many, everything that differs becomes dynamic
+_FREE = 2  # axes that may become dynamic together, `...` not counted
 _REACH = 16  # a dynamic size may be this many times larger or smaller than the one planned for
 _HEADROOM = 4  # sizes that have changed once are planned for this many times larger ones: loops go up more often than down
 
@@ -73,18 +75,20 @@ class Family:
         for member in able:
             if member.reaches(sizes):
                 return member.program
-        if len(self.members) == _MEMBERS and able:
+        full = len(self.members) == _MEMBERS
+        if full and able:
             return able[-1].program
-        made = self._next(sizes)
+        made = self._next(sizes, full)
         self.members = (*self.members, made)[-_MEMBERS:]
         return made.program
 
-    def _next(self, sizes: Mapping[str, int]) -> Member:
+    def _next(self, sizes: Mapping[str, int], full: bool) -> Member:
+        """A member for sizes that none runs well: dynamic where it differs from its nearest relative, if that is nowhere much."""
         rows = frozenset(sizes) & {ROWS}
-        if not self.members:
+        changes = [member.dynamic | {axis for axis, size in sizes.items() if size != member.sizes[axis]} for member in self.members]
+        dynamic = min(changes, key=len, default=None)
+        if dynamic is None or (len(dynamic - rows) > _FREE and not full):
             return self._make(sizes, rows)
-        last = self.members[-1]
-        dynamic = last.dynamic | {axis for axis, size in sizes.items() if size != last.sizes[axis]}
         return self._make({axis: size * _HEADROOM if axis in dynamic else size for axis, size in sizes.items()}, dynamic)
 
     def _make(self, sizes: Mapping[str, int], dynamic: frozenset[str]) -> Member:

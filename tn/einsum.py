@@ -91,7 +91,7 @@ def einsum(
             _remember(key, run)
         result = run(*tensors)
         return result if out is None else _write(result, out)
-    arrays = [np.asanyarray(operand) for operand in operands]
+    arrays = [_array(operand, i) for i, operand in enumerate(operands)]
     equation = ranked(tuple(array.ndim for array in arrays))
     if key is not None:
         inner = _bind(equation, list(map(torch.from_numpy, arrays)), route(optimize))
@@ -100,6 +100,13 @@ def einsum(
     loose = optimize is not None and optimize is not False  # as in NumPy, whose optimised einsum assigns its result to `out`
     run_arrays = functools.partial(_run_arrays, route(optimize))
     return einsum_arrays(equation, arrays, run_arrays, out=out, dtype=dtype, order=order, casting=casting, loose=loose)
+
+
+def _array(operand: Any, position: int) -> np.ndarray:
+    """An array, a number or a list as an array. What has a shape but no way to become an array is refused, not wrapped as an object."""
+    if hasattr(operand, "shape") and not hasattr(operand, "__array__"):
+        raise KindError(f"operand {position} is a {type(operand).__name__}, expected torch tensors, or NumPy arrays, numbers and lists")
+    return np.asanyarray(operand)
 
 
 def _array_key(args: tuple, optimize: Any) -> tuple | None:

@@ -122,7 +122,7 @@ def _letters(term: str, text: str, where: str) -> Labels:
     """The letters of a term, `...` as one label."""
     before, dots, after = term.partition("...")
     for letter in before + after:
-        if not letter.isalpha():
+        if not letter.isalpha() and letter.isascii():  # × and ÷ are letters to opt_einsum, whose symbols run through them
             raise SpecError(f"equation {text!r}: cannot read {letter!r} in {where}; expected letters, '...' once and one '->'")
     return (*before, *([...] if dots else []), *after)
 

@@ -1,6 +1,5 @@
 """Networks with their tensors to quimb and back: names and roles travel as tags, axes as indices, hyperaxes as they are."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +39,11 @@ def to_quimb(net: Network, tensors: Mapping[str, Any] | Sequence[Any], tags: Map
     for name in more:
         net.term(name)
     made = []
+    split: dict[tuple, Any] = {}  # one object for a tensor that stands twice, by which `from_quimb` knows it
     for term in net.spec.operands:
         role = "core" if term.name in net.cores else "const" if term.name in net.consts else "input"
-        data = given[term.name].reshape([sizes[axis] for axis in term.axes])
+        shape = tuple(sizes[axis] for axis in term.axes)
+        data = split.setdefault((term.name, shape), given[term.name].reshape(shape))
         made.append(qtn.Tensor(data, inds=term.axes, tags=[term.name, _ROLE + role, *more.get(term.name, ())]))
     return qtn.TensorNetwork(made, check_collisions=False)
 
@@ -124,15 +125,9 @@ def _names(parts: Sequence[Any]) -> list[str]:
         tag = next((tag for tag in part.tags if not tag.startswith(_ROLE)), f"t{i}")
         base = name = re.sub(r"\W", "_", tag, flags=re.ASCII) if re.match(r"[A-Za-z_]", tag) else f"t_{re.sub(r'[^A-Za-z0-9_]', '_', tag)}"
         count = 1
-        while name in holders and not (holders[name] is part.data or _same_memory(holders[name], part.data)):
+        while name in holders and holders[name] is not part.data:
             name, count = f"{base}_{count}", count + 1
         holders.setdefault(name, part.data)
         names.append(name)
     return names
 
-
-def _same_memory(a: Any, b: Any) -> bool:
-    """Whether two torch tensors are one: `reshape` makes new objects of the same memory."""
-    if not (hasattr(a, "data_ptr") and hasattr(b, "data_ptr")):
-        return False
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and math.prod(a.shape) > 0

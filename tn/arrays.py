@@ -1,4 +1,4 @@
-"""NumPy's side of the front ends: common dtypes, casting rules and memory orders; dtypes that torch lacks run in NumPy, in the planned order."""
+"""NumPy's side of the front ends: common dtypes, casting rules, memory orders. What torch lacks runs in NumPy, in the planned order."""
 
 import dataclasses
 import warnings
@@ -23,7 +23,15 @@ Runner = Callable[[Equation, Sequence[np.ndarray]], np.ndarray]
 
 
 def einsum_arrays(
-    equation: Equation, arrays: Sequence[np.ndarray], run: Runner, *, out: Any, dtype: Any, order: str | None, casting: str | None, loose: bool
+    equation: Equation,
+    arrays: Sequence[np.ndarray],
+    run: Runner,
+    *,
+    out: Any,
+    dtype: Any,
+    order: str | None,
+    casting: str | None,
+    loose: bool,
 ) -> Any:
     """An equation over NumPy arrays, with the keywords of `numpy.einsum`.
 
@@ -91,9 +99,9 @@ def _step(arrays: Sequence[np.ndarray], terms: Sequence[Axes], result: Axes) -> 
 def _single(equation: Equation, array: np.ndarray, out: Any, dtype: np.dtype | None, order: str, casting: str) -> Any:
     numbers = {word: i for i, word in enumerate(dict.fromkeys(equation.terms[0]))}
     lists = [[numbers[word] for word in term] for term in (equation.terms[0], equation.output)]
-    given = {"out": out, "dtype": dtype}
-    keywords = {name: value for name, value in given.items() if value is not None}
-    return np.einsum(array, lists[0], lists[1], order=order, casting=casting, **keywords)
+    given = {"out": out, "dtype": dtype, "order": order, "casting": casting}
+    keywords: Any = {name: value for name, value in given.items() if value is not None}
+    return np.einsum(array, *lists, **keywords)
 
 
 def _memory(equation: Equation, arrays: Sequence[np.ndarray], order: str) -> Axes:
@@ -136,7 +144,7 @@ def common_dtype(arrays: Sequence[np.ndarray], asked: Any = None) -> np.dtype:
 
 
 def _castable(given: np.dtype, wanted: np.dtype, rule: str, what: str) -> None:
-    if not np.can_cast(given, wanted, casting=rule):  # type: ignore[call-overload]  # one of CASTINGS
+    if not np.can_cast(given, wanted, casting=rule):
         raise KindError(f"{what} cannot be cast from {given} to {wanted} according to casting={rule!r}")
 
 

@@ -110,7 +110,7 @@ def draw(net: Network, path: str | PathLike[str] | None, sizes: Mapping[str, int
             axes.add_patch(Circle(at[node], 0.035, color=_INK, zorder=3))
         elif kind == "tensor":
             axes.add_patch(Circle(at[node], _RADIUS, facecolor=_COLOURS[_role(net, text)], edgecolor=_INK, zorder=3))
-            axes.text(*at[node], text, ha="center", va="center", fontsize=min(11, 42 / max(len(text), 1)), zorder=4)
+            axes.text(at[node][0], at[node][1], text, ha="center", va="center", fontsize=min(11, 42 / max(len(text), 1)), zorder=4)
     figure.text(0.5, 0.02, _wrapped(str(net.spec), width), ha="center", va="bottom", fontsize=8, family="monospace", color=_INK)
     roles = [role for role in _COLOURS if any(_role(net, name) == role for name in net.names)]
     handles = [Circle((0, 0), 1, facecolor=_COLOURS[role], edgecolor=_INK, label=role) for role in roles]
@@ -191,4 +191,3 @@ def _wrapped(text: str, width: float) -> str:
             lines.append("")
         lines[-1] += (" " if lines[-1] else "") + part
     return "\n".join(lines)
-

@@ -1,4 +1,4 @@
-"""One-call front ends: `contract` reads axis words; `einsum`, `contract_path` and `tensordot` read what torch, NumPy and opt_einsum read."""
+"""One-call front ends: `contract` reads axis words; `einsum` and its companions read what torch, NumPy and opt_einsum read."""
 
 import functools
 import math
@@ -27,7 +27,8 @@ _WIDER = {torch.bool: torch.float64, torch.complex32: torch.complex64}
 _NARROWED: dict[torch.dtype, Callable[[Tensor], Tensor]] = {torch.bool: lambda t: t != 0, torch.complex32: lambda t: t.to(torch.complex32)}
 _IN_NUMPY = {torch.uint16, torch.uint32, torch.uint64}
 
-# (equation, optimize, gradient mode, (shape, dtype, device, gradient) of each operand) → what runs such a call; other keys for contract, arrays
+# What runs a call like one before: (equation, optimize, gradient mode, (shape, dtype, device, gradient) of each operand) → runner.
+# `contract` and arrays have keys of their own.
 _BOUND: dict[tuple, Callable[..., Any]] = {}
 _BOUND_LIMIT = 8192
 
@@ -43,9 +44,10 @@ def einsum(
     """Einstein summation: a drop-in for `torch.einsum`, `numpy.einsum` and `opt_einsum.contract`.
 
     Args:
-        args: an equation and its operands, `einsum("ij,jk->ik", a, b)`, or operands with lists of labels, `einsum(a, [0, 1], b, [1, 2], [0, 2])`.
-            Letters of any alphabet; `...`; repeated letters; an output that may be left out (labels that occur once, sorted). A dimension of
-            size 1 broadcasts. Operands are torch tensors of one dtype and device, or NumPy arrays, numbers and lists.
+        args: an equation and its operands, `einsum("ij,jk->ik", a, b)`, or operands with lists of labels,
+            `einsum(a, [0, 1], b, [1, 2], [0, 2])`. Letters of any alphabet; `...`; repeated letters; an output that may be left out
+            (labels that occur once, sorted). A dimension of size 1 broadcasts. Operands are torch tensors of one dtype and device, or
+            NumPy arrays, numbers and lists.
         optimize: None, True or "auto": the planner here. False: the order as written. A path of opt_einsum or NumPy, the name of one of
             their searches, or an optimizer object of opt_einsum or cotengra: that order.
         out: tensor or array to write to. dtype: that everything is computed in.
@@ -72,9 +74,9 @@ def einsum(
             raise OperatorError("order= and casting= act on NumPy operands; inside torch.compile they are torch tensors: leave them out")
         result = einsum_call(args, optimize, dtype)
         return result if out is None else out.copy_(result)
-    key = None
+    key: tuple | None = None
     if out is None and dtype is None and order is None and casting is None:
-        operands = args[1:]
+        operands: Sequence[Any] = args[1:]
         try:
             key = (args[0], optimize, torch.is_grad_enabled(), *[(t.shape, t.dtype, t.device, t.requires_grad) for t in operands])
             run = _BOUND.get(key)
@@ -95,8 +97,9 @@ def einsum(
     equation = ranked(tuple(array.ndim for array in arrays))
     if key is not None:
         inner = _bind(equation, list(map(torch.from_numpy, arrays)), route(optimize))
-        _remember(key, lambda *a: inner(*map(torch.from_numpy, a)).numpy()[()])
-        return _BOUND[key](*arrays)
+        run = lambda *a: inner(*map(torch.from_numpy, a)).numpy()[()]
+        _remember(key, run)
+        return run(*arrays)
     loose = optimize is not None and optimize is not False  # as in NumPy, whose optimised einsum assigns its result to `out`
     run_arrays = functools.partial(_run_arrays, route(optimize))
     return einsum_arrays(equation, arrays, run_arrays, out=out, dtype=dtype, order=order, casting=casting, loose=loose)
@@ -170,12 +173,15 @@ def _contract_arrays(spec: str, arrays: Sequence[np.ndarray], backend: str) -> n
         raise OperatorError(f"operands have different dtypes: {', '.join(str(array.dtype) for array in arrays)}")
     arrays = [array.astype(common, copy=False) for array in arrays]
     if common != np.bool_ and in_torch(common):
-        return contract(spec, *map(tensor_of, arrays), backend=backend).numpy()  # type: ignore[union-attr]  # a tensor of tensors
+        return contract(spec, *map(tensor_of, arrays), backend=backend).numpy()
     net = _network(spec)
     sizes = _sizes(net, spec, [array.shape for array in arrays])
     structure = Structure(net.spec, torch.float64, torch.device("cpu"), (False,) * len(arrays))
     found = run_plan(family(structure).find(sizes).plan, arrays)
-    lead = next((array.shape[: array.ndim - len(t.dims) + 1] for t, array in zip(map(net.term, net.names), arrays, strict=True) if ROWS in t.axes), ())
+    lead: tuple[int, ...] = ()
+    for term, array in zip(map(net.term, net.names), arrays, strict=True):
+        if ROWS in term.axes:
+            lead = array.shape[: array.ndim - len(term.dims) + 1]
     dims = [math.prod(sizes[axis] for axis in dim) for dim in net.output.dims if dim != (ROWS,)]
     return found.reshape((*(lead if ROWS in net.output.axes else ()), *dims))
 
@@ -203,7 +209,7 @@ def contract_path(*args: Any, optimize: Any = None, shapes: bool = False) -> Pat
     spec = equation.spec(narrow)
     structure = Structure(spec, torch.float32, torch.device("cpu"), (False,) * len(given), route(optimize))
     made = make(structure, tuple(sizes.items()), frozenset()).plan
-    return report(made.path, [term.axes for term in spec.operands], equation.output, sizes)
+    return report(equation.letters, given, made.path)
 
 
 def tensordot(a: Operand, b: Operand, axes: int | Sequence = 2) -> Any:
@@ -313,11 +319,11 @@ def _bind(equation: Equation, tensors: Sequence[Tensor], asked: Hashable) -> Cal
         wide = _WIDER[dtype]
         run, narrowed = _bind(equation, [tensor.to(wide) for tensor in tensors], asked), _NARROWED[dtype]
         return lambda *t: narrowed(run(*(x.to(wide) for x in t)))
+    sizes, narrow = equation.bind([tensor.shape for tensor in tensors])
     if len(tensors) == 1:
         return functools.partial(rearrange, term=equation.terms[0], output=equation.output)
     if dtype in _IN_NUMPY:
         return lambda *t: torch.from_numpy(_run_arrays(asked, equation, [x.numpy() for x in t]))
-    sizes, narrow = equation.bind([tensor.shape for tensor in tensors])
     found = family(_structure(equation.spec(narrow), tensors, asked)).find(sizes)
     if not any(narrow):
         return found

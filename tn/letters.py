@@ -5,6 +5,7 @@ output that may be left out (labels that occur once, sorted), and lists of sorta
 """
 
 import functools
+import itertools
 import operator
 import unicodedata
 from collections.abc import Hashable, Sequence
@@ -35,6 +36,19 @@ class Equation:
     def label(self, word: str) -> str:
         """The label of an axis word, as written."""
         return dict(self.labels)[word]
+
+    @property
+    def letters(self) -> str:
+        """The equation with one letter an axis and its output written out: letters as they were, free ones for dots and lists of labels.
+
+        >>> read("...ij,...jk", (3, 2)).letters
+        'aij,jk->aik'
+        """
+        own = {word: label for word, label in self.labels if len(label) == 1 and not word.startswith("axis_")}
+        free = (letter for number in itertools.count() if (letter := symbol(number)) not in own.values())
+        names = {word: own.get(word) or next(free) for word, _ in self.labels}
+        *left, right = ("".join(names[word] for word in term) for term in (*self.terms, self.output))
+        return f"{','.join(left)}->{right}"
 
     def bind(self, shapes: Sequence[Sequence[int]]) -> tuple[dict[str, int], tuple[tuple[int, ...], ...]]:
         """Sizes of the axes, and for each operand the dimensions of size one that broadcast against a larger one.
@@ -148,7 +162,7 @@ def _equation(text: str | None, terms: Sequence[Labels], output: Labels | None, 
     else:
         _check_output(terms, output, shown)
         result = _spread(output, width, words)
-    labels = {word: str(label) for label, word in words.items()} | {dot: "..." for dot in _dots(width)}
+    labels = {word: str(label) for label, word in words.items()} | dict.fromkeys(_dots(width), "...")
     return Equation(shown, spread, result, tuple(labels.items()))
 
 

@@ -1,5 +1,7 @@
 """Derivatives through tn.einsum and tn.contract: second order, torch.func, torch.compile without planning again."""
 
+import itertools
+
 import pytest
 import torch
 from opt_einsum.tests.test_contract import tests as EQUATIONS
@@ -36,7 +38,7 @@ SPEC = "x: ... (i j), a: i j r k, c: k i r l -> ... (k l)"
 
 
 def _layer(rows: int) -> list[torch.Tensor]:
-    return [torch.randn(rows, 6, dtype=torch.float64), torch.randn(2, 3, 2, 4, dtype=torch.float64), torch.randn(4, 2, 2, 3, dtype=torch.float64)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in ((rows, 6), (2, 3, 2, 4), (4, 2, 2, 3))]
 
 
 # name → (function of the call under test, operands for a number of rows, the same with torch alone)
@@ -151,7 +153,7 @@ def test_networks_of_one_equation_are_planned_apart(planned):
     """The best order of the second is not that of the first, whose sizes differ everywhere."""
     orders = []
     for sizes in ((2, 40, 3, 50), (60, 3, 41, 2)):
-        a, b, c = (torch.randn(m, n) for m, n in zip(sizes, sizes[1:], strict=False))
+        a, b, c = (torch.randn(m, n) for m, n in itertools.pairwise(sizes))
         torch.testing.assert_close(tn.einsum("pq,qr,rs->ps", a, b, c), a @ b @ c)
         orders.append(family.family(planned[-1][0]).find(dict(zip("pqrs", sizes, strict=True))).plan.path)
     assert orders == [((0, 1), (3, 2)), ((1, 2), (0, 3))]

@@ -93,9 +93,10 @@ def test_contract_path_is_opt_einsums_report():
 @pytest.mark.parametrize("equation", ["ab,bc->ac", "aab,bc->c", "ab,ab,b->a", "a,b,c->abc", "abc,bd,cd->", "ab,cb->ca"])
 def test_backend_of_opt_einsum(equation):
     operands = [torch.randn([dict(a=2, b=3, c=4, d=5)[letter] for letter in term]) for term in equation.split("->")[0].split(",")]
+    arrays = [t.numpy() for t in operands]
     want = torch.einsum(equation, *operands)
     torch.testing.assert_close(opt_einsum.contract(equation, *operands, backend="tn"), want)
-    np.testing.assert_allclose(opt_einsum.contract(equation, *[t.numpy() for t in operands], backend="tn"), want.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(opt_einsum.contract(equation, *arrays, backend="tn"), want.numpy(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cotengra.einsum(equation, *operands, implementation=(tn.einsum, tn.tensordot)), want)
 
 

@@ -16,7 +16,10 @@ def test_what_there_is_to_draw():
     assert {axis for a, b, axis in drawn.lines if {a, b} <= {0, 1, 2}} == {"j", "r"}
 
 
-@pytest.mark.parametrize("spec", ["x: -> ", "x: i -> ", "x: i i -> i", "x: i i ->", "x: i, y: j -> i j", "x: a b, y: a b -> ", str(BTT.spec)])
+SPECS = ["x: -> ", "x: i -> ", "x: i i -> i", "x: i i ->", "x: i, y: j -> i j", "x: a b, y: a b -> ", str(BTT.spec)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_every_network_has_a_picture(spec, tmp_path):
     net = tn.network(spec)
     at = places(picture(net))

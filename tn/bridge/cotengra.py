@@ -13,9 +13,7 @@ from tn.plan import Plan
 from tn.spec import Spec, Term
 
 
-def from_cotengra(
-    tree: Any, *, grad: Iterable[str] = (), dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Plan:
+def from_cotengra(tree: Any, *, grad: Iterable[str] = (), dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Plan:
     """A plan along a `cotengra.ContractionTree`; `tn.compile(plan)` is the Program that runs the whole tree.
 
     Args:
@@ -56,4 +54,4 @@ def axis_words(indices: Iterable[Hashable]) -> dict[Hashable, str]:
     found = dict.fromkeys(indices)
     own = {index for index in found if isinstance(index, str) and re.fullmatch(r"[A-Za-z_]\w*", index, re.ASCII)}
     free = (word for i in range(2 * len(found)) if (word := f"axis_{i}") not in own)
-    return {index: index if index in own else next(free) for index in found}  # type: ignore[misc]
+    return {index: index if index in own else next(free) for index in found}

@@ -68,7 +68,7 @@ class PathReport(PathInfo):
     """opt_einsum's `PathInfo` of one of our plans. It unpacks into (path, info), as what `opt_einsum.contract_path` returns does."""
 
     def __init__(self, info: PathInfo) -> None:
-        vars(self).update(vars(info))
+        self.__dict__.update(vars(info))
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.path, self))
@@ -80,12 +80,10 @@ class PathReport(PathInfo):
         return (self.path, self)[position]
 
 
-def report(pairs: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> PathReport:
+def report(equation: str, shapes: Sequence[Sequence[int]], pairs: Path) -> PathReport:
     """The costs of an order as opt_einsum counts them: FLOPs of multiplications and additions, elements, scaling."""
-    letters = spell(inputs, output)
-    shapes = [tuple(sizes[axis] for axis in term) for term in inputs]
-    path = to_path(pairs, len(inputs)) or [(0,)]
-    return PathReport(opt_einsum.contract_path(letters, *shapes, shapes=True, optimize=path)[1])
+    path: list[tuple[int, ...]] = [*to_path(pairs, len(shapes))] or [(0,)]
+    return PathReport(opt_einsum.contract_path(equation, *map(tuple, shapes), shapes=True, optimize=path)[1])
 
 
 def _known(name: str) -> str:
@@ -100,4 +98,5 @@ def _letters(inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> 
     """The equation in letters, which some optimizers insist on, and the size of each letter."""
     letters = spell(inputs, output)
     terms = letters.split("->")[0].split(",")
-    return letters, {letter: sizes[word] for term, words in zip(terms, inputs, strict=True) for letter, word in zip(term, words, strict=True)}
+    pairs = (pair for term, words in zip(terms, inputs, strict=True) for pair in zip(term, words, strict=True))
+    return letters, {letter: sizes[word] for letter, word in pairs}

@@ -56,8 +56,8 @@ def from_quimb(tnet: Any, output: Sequence[str] | None = None) -> FromQuimb:
         output: indices of the result in order. If None, those on one tensor only; a network with hyperindices has to say.
 
     Returns:
-        FromQuimb; `network, tensors = tn.from_quimb(tnet)`. A tensor is named by its first tag (numbered where several share it) and has the
-        role that `Network.to_quimb` gave it. Indices keep their names where these are words; all sizes but that of `...` are known.
+        FromQuimb; `network, tensors = tn.from_quimb(tnet)`. A tensor is named by its first tag (numbered where several share it), with
+        the role that `Network.to_quimb` gave it. Indices keep their names where these are words; all sizes but that of `...` are known.
 
     Raises:
         KindError: no network. SpecError: hyperindices without `output`, an unknown index in it, or no tensors.
@@ -130,4 +130,3 @@ def _names(parts: Sequence[Any]) -> list[str]:
         holders.setdefault(name, part.data)
         names.append(name)
     return names
-

@@ -14,7 +14,7 @@ from tn.bridge.opt_einsum import PathReport, report, route
 from tn.contraction import BACKENDS
 from tn.errors import KindError, OperatorError, SizeError, SpecError, unknown
 from tn.family import Structure, family, make, rearrange
-from tn.graph import contract_call, einsum_call
+from tn.graph import contract_call, einsum_call, is_symbolic
 from tn.letters import Equation, read, read_lists, spell
 from tn.network import Network, network
 from tn.spec import ROWS, Spec, looks_like_letters
@@ -88,6 +88,9 @@ def einsum(
     ranked, operands = _split(args)
     if any(isinstance(operand, Tensor) for operand in operands):
         tensors = _tensors(operands, dtype, order, casting)
+        if is_symbolic(tensors):
+            result = einsum_call(args, optimize, dtype)
+            return result if out is None else _write(result, out)
         run = _bind(ranked(tuple(tensor.dim() for tensor in tensors)), tensors, route(optimize))
         if key is not None and isinstance(args[0], str):
             _remember(key, run)
@@ -160,6 +163,8 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
     if operands and all(isinstance(operand, np.ndarray | np.generic) for operand in operands):
         return _contract_arrays(spec, [np.asarray(operand) for operand in operands], backend)
     tensors = _tensors(operands)
+    if is_symbolic(tensors):
+        return contract_call(spec, tensors, backend)
     net = _network(spec)
     sizes = _sizes(net, spec, [tuple(tensor.shape) for tensor in tensors])
     run = family(_structure(net.spec, tensors, "auto", backend)).find(sizes)

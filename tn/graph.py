@@ -51,6 +51,11 @@ def contract_call(spec: str, operands: Sequence[Any], backend: str) -> Tensor:
     return torch.ops.tn.contract(spec, list(operands), backend)
 
 
+def is_symbolic(operands: Sequence[Tensor]) -> bool:
+    """Whether a size is left open, as where make_fx traces with symbols."""
+    return any(isinstance(size, torch.SymInt) for operand in operands for size in operand.shape)
+
+
 def _einsum(equation: str, operands: Sequence[Tensor], optimize: str) -> Tensor:
     read_as = read(equation, tuple(operand.dim() for operand in operands))
     sizes, narrow = read_as.bind([operand.shape for operand in operands])

@@ -7,6 +7,7 @@ import torch
 from opt_einsum.tests.test_contract import tests as EQUATIONS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tn
 from tn import family, graph
@@ -134,6 +135,20 @@ def planned(monkeypatch) -> list:
     plain = family.make.__wrapped__
     monkeypatch.setattr(family, "make", lambda *arguments: (calls.append(arguments), plain(*arguments))[1])
     return calls
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_symbolic_tracing(name):
+    """make_fx with open sizes, and torch.export with a dynamic dimension: one program for every size."""
+    run, reference = CALLS[name]
+    traced = make_fx(run, tracing_mode="symbolic")(*_layer(5))
+    module = torch.nn.Module()
+    module.forward = run  # type: ignore[method-assign]  # a module is what torch.export takes
+    exported = torch.export.export(module, tuple(_layer(5)), dynamic_shapes=({0: torch.export.Dim("rows")}, None, None)).module()
+    for rows in (2, 5, 33):
+        operands = _layer(rows)
+        torch.testing.assert_close(traced(*operands), reference(*operands))
+        torch.testing.assert_close(exported(*operands), reference(*operands))
 
 
 def test_a_loop_over_batch_sizes_plans_twice(planned):

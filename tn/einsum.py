@@ -212,7 +212,10 @@ def contract_path(*args: Any, optimize: Any = None, shapes: bool = False) -> Pat
     equation = ranked(tuple(map(len, given)))
     sizes, narrow = equation.bind(given)
     spec = equation.spec(narrow)
-    structure = Structure(spec, torch.float32, torch.device("cpu"), (False,) * len(given), route(optimize))
+    if not shapes and all(isinstance(operand, Tensor) for operand in operands):
+        structure = _structure(spec, operands, route(optimize))
+    else:
+        structure = Structure(spec, torch.float32, torch.device("cpu"), (False,) * len(given), route(optimize))
     made = make(structure, tuple(sizes.items()), frozenset()).plan
     return report(equation.letters, given, made.path)
 
@@ -234,23 +237,29 @@ def tensordot(a: Operand, b: Operand, axes: int | Sequence = 2) -> Any:
     >>> tensordot(torch.ones(2, 3, 4), torch.ones(4, 3, 5), axes=([1, 2], [1, 0])).shape
     torch.Size([2, 5])
     """
-    ranks = (np.ndim(a), np.ndim(b)) if not isinstance(a, Tensor) or not isinstance(b, Tensor) else (a.dim(), b.dim())
-    if isinstance(axes, int):
-        pairs = [*zip(range(ranks[0] - axes, ranks[0]), range(axes), strict=True)]
-    else:
-        left, right = ([side] if isinstance(side, int) else list(side) for side in axes)
-        if len(left) != len(right):
-            raise SpecError(f"tensordot axes {left} and {right} differ in number")
-        pairs = [*zip(left, right, strict=True)]
-    for pair in pairs:
-        for which, (axis, rank) in enumerate(zip(pair, ranks, strict=True)):
+    ranks = tuple(side.dim() if isinstance(side, Tensor) else np.ndim(side) for side in (a, b))
+    if not isinstance(axes, int):
+        axes = tuple((side,) if isinstance(side, int) else tuple(side) for side in axes)
+    return einsum(_dot(ranks, axes), a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dot(ranks: tuple[int, int], axes: int | tuple[tuple[int, ...], ...]) -> str:
+    """The equation of a tensordot."""
+    left, right = (tuple(range(ranks[0] - axes, ranks[0])), tuple(range(axes))) if isinstance(axes, int) else axes
+    if len(left) != len(right):
+        raise SpecError(f"tensordot axes {left} and {right} differ in number")
+    for operand, (side, rank) in enumerate(zip((left, right), ranks, strict=True)):
+        for axis in side:
             if not -rank <= axis < rank:
-                raise SpecError(f"tensordot axis {axis} of operand {which} does not exist: it has {rank} dimensions")
-    names = [[f"a{i}" for i in range(ranks[0])], [f"b{i}" for i in range(ranks[1])]]
-    for i, j in pairs:
-        names[1][j] = names[0][i]
-    shared = set(names[0]) & set(names[1])
-    return einsum(spell(names, [name for side in names for name in side if name not in shared]), a, b)
+                raise SpecError(f"tensordot axis {axis} of operand {operand} does not exist: it has {rank} dimensions")
+        if len({axis % rank for axis in side}) < len(side):
+            raise SpecError(f"tensordot axes {side} of operand {operand} name a dimension twice")
+    first, second = ([f"{name}{i}" for i in range(rank)] for name, rank in zip("ab", ranks, strict=True))
+    for i, j in zip(left, right, strict=True):
+        second[j] = first[i]
+    kept = [name for name in (*first, *second) if name not in set(first) & set(second)]
+    return spell([first, second], kept)
 
 
 def transpose(a: Operand, axes: Sequence[int]) -> Any:

@@ -96,13 +96,13 @@ class Family:
         return Member(planned, dynamic, make(self.structure, tuple(planned.items()), dynamic))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def family(structure: Structure) -> Family:
     """The family of a structure; equal structures share one."""
     return Family(structure)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def make(structure: Structure, sizes: tuple[tuple[str, int], ...], dynamic: frozenset[str]) -> Program | EinsumProgram:
     """A program for these sizes that lets the dynamic ones change."""
     size = dict(sizes)

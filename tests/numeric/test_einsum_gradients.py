@@ -137,6 +137,14 @@ def planned(monkeypatch) -> list:
     return calls
 
 
+def test_checkpointing():
+    operands = [t.requires_grad_() for t in _layer(5)]
+    run, reference = CALLS["words"]
+    got = torch.utils.checkpoint.checkpoint(run, *operands, use_reentrant=False)
+    gots, wants = (torch.autograd.grad(y.square().sum(), operands) for y in (got, reference(*operands)))
+    torch.testing.assert_close(gots, wants)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_symbolic_tracing(name):
     """make_fx with open sizes, and torch.export with a dynamic dimension: one program for every size."""

@@ -96,6 +96,7 @@ def test_other_dtypes(dtype):
         (lambda: tn.einsum("i,j->ij", torch.ones(2, requires_grad=True), torch.zeros(2), out=torch.zeros(2, 2)), "out= has no gradient"),
         (lambda: tn.tensordot(torch.zeros(2, 3), torch.zeros(3), axes=([1], [0, 1])), "differ in number"),
         (lambda: tn.tensordot(torch.zeros(2, 3), torch.zeros(3), axes=([1], [1])), "axis 1 of operand 1 does not exist"),
+        (lambda: tn.tensordot(torch.zeros(2, 2), torch.zeros(2, 2), axes=([0, -2], [0, 1])), "name a dimension twice"),
     ],
 )
 def test_refusals(call, message):

@@ -7,6 +7,7 @@ import numpy as np
 import opt_einsum
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tn
 
@@ -368,3 +369,30 @@ def test_contract_in_every_numpy_dtype(dtype):
 def test_contract_reads_numpy_views():
     x, w = np.arange(12.0).reshape(3, 4)[::-1], np.broadcast_to(np.arange(4.0), (2, 4)).T
     np.testing.assert_array_equal(tn.contract("... i, i o -> ... o", x, w), x @ w)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the calls that copy a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("equation", ["ij,jk,kl->il", "ji,jk,lk->il", "bij,bjk->bik", "bij,jk->bik", "bji,jk->bik", "i,j->ij", "ij,ij->i"])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_no_operand_is_copied(equation, kind):
+    sizes = dict(b=4, i=5, j=6, k=7, l=8)
+    operands = [torch.randn([sizes[letter] for letter in term]) for term in equation.split("->")[0].split(",")]
+    given = operands if kind == "torch" else [t.numpy() for t in operands]
+    with Copies() as copies:
+        tn.einsum(equation, *given)
+    assert copies.count == 0
+
+
+def test_copies_are_counted():
+    with Copies() as copies:
+        torch.randn(3, 4).mT.contiguous()
+    assert copies.count == 1

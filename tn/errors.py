@@ -24,6 +24,14 @@ class OperatorError(TnError, ValueError):
     """An operation that does not accept the tensors it was given."""
 
 
+class KindError(OperatorError, TypeError):
+    """An argument of a kind that cannot be used at all, such as an output that is no array."""
+
+
+class PathError(PlanError, RuntimeError):
+    """A contraction path that does not contract its operands; a RuntimeError too, as NumPy has it."""
+
+
 class StructureError(TnError, ValueError):
     """A structured layer that cannot be built with the given sizes or options."""
 

@@ -5,7 +5,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from types import MappingProxyType
+from typing import Any
 
 from tn.errors import SizeError, SpecError, unknown
 from tn.spec import ROWS, Spec, Term, parse
@@ -158,6 +160,44 @@ class Network:
         if value.get("format") != FORMAT:
             raise SpecError(f"network format {value.get('format')!r}, this version reads {FORMAT}")
         return network(value["spec"], dict(value["sizes"]), cores=value["cores"], consts=value["consts"])
+
+    def to_quimb(self, tensors: Mapping[str, Any] | Sequence[Any], tags: Mapping[str, Iterable[str]] | None = None) -> Any:
+        """The network with its tensors as a `quimb.tensor.TensorNetwork`; `tn.from_quimb` reads it back.
+
+        Args:
+            tensors: data by name, or in the order of `names`; torch or numpy. tags: further tags by tensor name, such as a module's path.
+
+        Returns:
+            A quimb network: one tensor for each occurrence in the spec, tagged with its name, its role ("role:core", …) and `tags`; one
+            dimension for each axis ("(i j)" is split, `...` is one index), a view of the data. `.contract(output_inds=net.output.axes)`.
+
+        Raises:
+            SpecError: missing or unknown tensors. SizeError: shapes that do not fit.
+
+        >>> import torch, tn
+        >>> net = tn.network("x: b r, u: i r, v: o r -> b i o", dict(r=2, i=3, o=4), cores=("u", "v"))
+        >>> net.to_quimb([torch.ones(5, 2), torch.ones(3, 2), torch.ones(4, 2)]).contract(output_inds=net.output.axes).shape
+        (5, 3, 4)
+        """
+        from tn.bridge.quimb import to_quimb  # late: the adapter builds on networks
+
+        return to_quimb(self, tensors, tags)
+
+    def draw(self, path: str | PathLike[str] | None = None, *, sizes: Mapping[str, int] | None = None) -> Any:
+        """A picture of the network: tensors as discs, axes as lines with their sizes, the result's axes as open ends.
+
+        Args:
+            path: file to write, its format from the ending (".png", ".svg", ".pdf"). sizes: of dynamic axes, to be shown too.
+
+        Returns:
+            The matplotlib Figure. A hyperaxis is a small dot with a line to each of its tensors.
+
+        Raises:
+            SizeError: sizes of unknown axes.
+        """
+        from tn.draw import draw  # late: the picture builds on networks
+
+        return draw(self, path, sizes)
 
     def __str__(self) -> str:
         rows = [str(self.spec)]

@@ -68,7 +68,8 @@ def parse(text: str) -> Spec:
     if not isinstance(text, str):
         raise SpecError(f"a spec is a string such as 'x: ... i, w: i o -> ... o', got {type(text).__name__}")
     if text.count("->") != 1:
-        raise SpecError(f"spec {text!r} has {text.count('->')} '->', expected one between the operands and the output")
+        hint = "" if "->" in text or " " in text.strip() else "; tn.einsum reads letters, whose output may be left out"
+        raise SpecError(f"spec {text!r} has {text.count('->')} '->', expected one between the operands and the output{hint}")
     left, right = text.split("->")
     operands = tuple(_term(part, text, f"t{i}") for i, part in enumerate(_split(left)))
     outputs = tuple(_term(part, text, f"y{i}") for i, part in enumerate(_split(right)))
@@ -129,7 +130,7 @@ def _check(spec: Spec, text: str) -> None:
         raise SpecError(f"spec {text!r}: output names {names} must differ from each other and from the operands")
     for term in spec.outputs:
         missing = [axis for axis in term.axes if axis not in known]
-        if missing and _looks_like_letters(spec):
+        if missing and looks_like_letters(spec):
             raise SpecError(
                 f"spec {text!r} looks like single-letter einsum; specs here use axis words separated by spaces: call tn.einsum for letters"
             )
@@ -140,7 +141,10 @@ def _check(spec: Spec, text: str) -> None:
             raise SpecError(f"spec {text!r}: axis {repeated[0]!r} is repeated in the output; a diagonal can be read, not written")
 
 
-def _looks_like_letters(spec: Spec) -> bool:
-    """Whether every term is one unnamed word, as in "ij,jk->ik"."""
+def looks_like_letters(spec: Spec) -> bool:
+    """Whether every term is at most one unnamed word, as in "ij,jk->ik" and "...ij,...jk->...ik"."""
     terms = [*spec.operands, *spec.outputs]
-    return all(len(t.dims) <= 1 and len(t.axes) <= 1 for t in terms) and all(t.name == f"t{i}" for i, t in enumerate(spec.operands))
+    words = [[dim for dim in term.dims if dim != (ROWS,)] for term in terms]
+    return all(len(dims) <= 1 and len(dim) == 1 for dims in words for dim in dims) and all(
+        term.name == f"t{i}" for i, term in enumerate(spec.operands)
+    )

@@ -25,8 +25,14 @@ ARROWS = {
 # Third parties that one file adapts (or one file per purpose, which is named).
 ONLY_IN = {
     "cotengra": {"tn/order.py": "search", "bench/libraries.py": "a peer"},
-    "quimb": {"tn/bridge.py": "conversion"},
-    "opt_einsum": {"tn/order.py": "search", "tn/einsum.py": "PathInfo", "bench/libraries.py": "a peer"},
+    "quimb": {"tn/bridge/quimb.py": "conversion"},
+    "opt_einsum": {
+        "tn/order.py": "search",
+        "tn/bridge/opt_einsum.py": "orders and PathInfo",
+        "bench/libraries.py": "a peer",
+        "bench/einsum.py": "a peer",
+    },
+    "einsum_benchmark": {"bench/einsum.py": "generated networks"},
     "transformers": {"zoo/tokenizers.py": "tokenizers in its folder format", "zoo/huggingface.py": "models in its folder format"},
     "datasets": {"train/data/hub.py": "corpora"},
     "huggingface_hub": {"train/data/hub.py": "the commit behind a dataset's name"},

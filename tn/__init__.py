@@ -12,6 +12,7 @@ from tn.program import Program, compile
 from tn.report import flops
 from tn.restructure import densify, restructure
 from tn.scaling import param_groups
+from tn.structures import register_structure
 from tn.tracing import Node, Trace, trace
 
 __version__ = "0.1.0"
@@ -19,5 +20,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
     "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "flops", "network", "ops", "param_groups", "plan", "restructure", "structures", "testing", "trace",
+    "flops", "network", "ops", "param_groups", "plan", "register_structure", "restructure", "structures", "testing", "trace",
 ]  # fmt: skip

@@ -49,10 +49,10 @@ def test_repr_is_a_constructor_call():
         (dict(structure="btt", rank=1.5), "got 1.5"),
         (dict(structure="btt", rank=1000), "btt rank 1000 is more than 3, which already gives every matrix"),
         (dict(structure="low_rank", rank=9), "low_rank rank 9 is more than 8"),
-        (dict(structure="dense", rank=2), "dense has neither rank nor factors"),
-        (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank has no factors"),
+        (dict(structure="dense", rank=2), "dense takes no options, got rank=2"),
+        (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank takes only rank, got factors"),
         (dict(structure="btt", factors=((2, 3), (2, 4))), "make 6, less than 12"),
-        (dict(structure="btt", factors=((2, 3, 2), (2, 4))), "two positive factors of d_in"),
+        (dict(structure="btt", factors=((2, 3, 2), (2, 4))), "btt takes 3 positive factors of d_out"),
     ],
 )
 def test_refusals(kwargs, message):

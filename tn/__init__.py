@@ -10,6 +10,7 @@ from tn.ops import Mask
 from tn.plan import Plan, plan
 from tn.program import Program, compile
 from tn.report import flops
+from tn.projection import Projection, project
 from tn.restructure import densify, restructure
 from tn.scaling import param_groups
 from tn.structures import register_structure
@@ -18,7 +19,7 @@ from tn.tracing import Node, Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "ProjectionError", "SizeError",
+    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "Projection", "ProjectionError", "SizeError",
     "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "flops", "network", "ops", "param_groups", "plan", "register_structure", "restructure", "structures", "testing", "trace",
+    "flops", "network", "ops", "param_groups", "plan", "project", "register_structure", "restructure", "structures", "testing", "trace",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tn.errors import StructureError
+from tn.structures import low_rank
 from tn.structures.factors import blocks, full_blocks
 from tn.structures.registry import Built, Factors, Options, Rank, Structure, checked_count, register
 
@@ -44,6 +45,14 @@ def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | Non
     return first.shape[1], ((1, first.shape[0]), (1, second.shape[1])), found
 
 
+def start(built: Built, weight: Tensor, white: Tensor | None) -> dict[str, Tensor]:
+    """The nearest matrix of the same rank: a BLAST whose diagonals are all one."""
+    s = built.network.sizes
+    first, second = low_rank.nearest(weight, s["r"], white)
+    cores = {"right": first.reshape(s["j"], s["q"], -1), "left": second.reshape(-1, s["i"], s["p"]).transpose(0, 1)}
+    return {**cores, "mix": torch.ones(s["i"], s["j"], s["r"], dtype=weight.dtype, device=weight.device)}
+
+
 register(
     Structure(
         name="blast",
@@ -54,5 +63,6 @@ register(
         full=lambda factors: min(math.prod(factors[0]), math.prod(factors[1])),
         takes=("rank", "factors", "blocks"),
         contains={"low_rank": from_low_rank},
+        start=start,
     )
 )

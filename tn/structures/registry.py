@@ -70,6 +70,10 @@ class Built:
 Conversion = Callable[[Built, Mapping[str, Tensor]], tuple[Rank | None, Factors | None, dict[str, Tensor]]]
 
 
+# (what to project on, padded matrix (out, in), whitening matrix (in, in) or None) → cores with one dimension an axis
+Start = Callable[[Built, Tensor, Tensor | None], dict[str, Tensor]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
     """A family of linear maps: all there is to know about it.
@@ -82,7 +86,7 @@ class Structure:
         varies: the option that a budget is met with. clamped: whether its cores are RMS-clamped unless the layer says otherwise.
         gated: the rank axis of which each row uses only some values, chosen by a gate; None: the map is linear.
         contains: another family → how its layers become layers of this one, exactly.
-        note: what to print beside a layer of this family.
+        note: what to print beside a layer of this family. start: where a projection without closed form starts; None: `projection_svd.split`.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Structure:
     gated: str | None = None
     contains: Mapping[str, Conversion] = dataclasses.field(default_factory=dict)
     note: Callable[[Built], str] | None = None
+    start: Start | None = None
 
     def build(self, d_in: int, d_out: int, options: Options | None = None) -> Built:
         """The family at these sizes. Raises StructureError for an option it does not take or that cannot be."""

@@ -9,9 +9,10 @@ from tn.network import Network, network
 from tn.ops import Mask
 from tn.plan import Plan, plan
 from tn.program import Program, compile
-from tn.report import flops
 from tn.projection import Projection, project
+from tn.report import flops
 from tn.restructure import densify, restructure
+from tn.saved_structure import load_restructured, save_restructured
 from tn.scaling import param_groups
 from tn.structures import register_structure
 from tn.tracing import Node, Trace, trace
@@ -19,7 +20,8 @@ from tn.tracing import Node, Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "Projection", "ProjectionError", "SizeError",
-    "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify", "einsum", "errors",
-    "flops", "network", "ops", "param_groups", "plan", "project", "register_structure", "restructure", "structures", "testing", "trace",
+    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "Projection", "ProjectionError",
+    "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify",
+    "einsum", "errors", "flops", "load_restructured", "network", "ops", "param_groups", "plan", "project", "register_structure",
+    "restructure", "save_restructured", "structures", "testing", "trace",
 ]  # fmt: skip

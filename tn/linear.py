@@ -42,6 +42,7 @@ class StructuredLinear(Contraction):
     (torch.Size([2, 3, 4096]), 790528)
     """
 
+    replaced: type[nn.Module] | None = None  # what restructure put it in the place of, where densify must make that again
     tn_role: str | None = None  # what the layer does in its model, such as "mlp.in"; restructure goes by it
 
     def __init__(

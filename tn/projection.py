@@ -1,6 +1,5 @@
 """The nearest structured matrix to a given one: closed forms where they exist, alternating least squares otherwise."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank
 
 _SWEEPS = 200
-_TOLERANCE = 1e-5  # of the squared distance, a sweep
 _RIDGE = 1e-8  # of the mean of a Gram matrix's diagonal: inputs that never occur still count a little
 
 
@@ -98,11 +96,10 @@ def project(
         found = _nearest(built, family, whole, white, start, sweeps)
         net = built.network
         stored = {name: found[name].reshape(net.shape(name)).to(weight.dtype) for name in net.cores}
-        draft = Projection(structure, stored, net.sizes, None, math.nan, math.nan, built, (out_features, in_features))
         off = whole - _dense(built, stored)[:out_features, :in_features]
         norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
     error = norms[0] / norms[1] if norms[1] else norms[0]
-    return Projection(structure, stored, net.sizes, None, error, 1 - error**2, draft.built, draft.shape)
+    return Projection(structure, stored, net.sizes, None, error, 1 - error**2, built, (out_features, in_features))
 
 
 def _nearest(
@@ -127,10 +124,7 @@ def _nearest(
         cores = split(net, tensor, axes)
     if closed and known is None and start is None:
         return cores
-    fitted = Fit(net, tensor, axes, known, white)
-    for _ in fitted.sweeps(cores, sweeps, _TOLERANCE):
-        pass
-    return cores
+    return Fit(net, tensor, axes, known, white).improve(cores, sweeps)
 
 
 def _given(built: Built, start: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:

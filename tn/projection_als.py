@@ -6,7 +6,7 @@ damped towards the core's last value, so that it is defined where the others lea
 
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ Operand = tuple[Tensor, Axes]
 _DAMPING = 1e-9  # of the mean eigenvalue: enough to make the normal equations definite in float64
 _DIRECT = 1024  # unknowns a core may couple before conjugate gradients take over from factorisation
 _CG_STEPS = 30
+_AHEAD = 0.5  # how far beyond its last result, in units of its last change, the second sweep starts
 _WHITE = "white axis"  # no axis word has a space
 
 
@@ -79,6 +80,8 @@ class Fit:
         """The best value of one core, the others held."""
         mine = self.net.term(name).axes
         others = [(cores[other], self.net.term(other).axes) for other in self.net.cores if other != name] + self.fixed
+        if not others:  # a core alone is the target itself
+            return self.target.permute([self.open.index(axis) for axis in mine])
         elsewhere = {axis for _, axes in others for axis in axes}
         free = tuple(axis for axis in mine if axis not in self.open)  # summed: the unknowns that the equations couple
         batch = tuple(axis for axis in mine if axis in self.open and axis in elsewhere)
@@ -118,19 +121,38 @@ class Fit:
             direction = residual + size / before * direction
         return x
 
-    def sweeps(self, cores: dict[str, Tensor], most: int, tolerance: float) -> Iterator[float]:
-        """Improve the cores in place; yields the squared distance after each sweep, until it falls by less than `tolerance` of itself."""
-        last = self.distance(cores)
+    def improve(self, cores: dict[str, Tensor], sweeps: int) -> dict[str, Tensor]:
+        """Cores after at most so many sweeps, fewer once ten of them change the squared distance by less than 1e-5 of itself.
+
+        Each sweep starts beyond the last one's result, in the direction it went; one that ends farther away is done again from where the
+        last one ended (Nesterov acceleration with restarts of alternating least squares, arXiv:1810.05846).
+        """
+        before, ahead, now = cores, _AHEAD, self.distance(cores)
         floor = 1e-28 * float(self._whitened(self.plain).square().sum())
-        for _ in range(most):
-            for name in self.net.cores:
-                self.fill(cores)
-                cores[name] = self.solve(cores, name)
-            now = self.distance(cores)
-            yield now
-            if now <= floor or last - now < tolerance * last:
-                return
-            last = now
+        marks = [now]
+        for _ in range(sweeps):
+            beyond = {name: core + ahead * (core - before[name]) for name, core in cores.items()}
+            found, distance = self._swept(beyond)
+            if distance > now:
+                found, distance = self._swept(cores)
+                ahead, before = ahead / 2, found  # the next sweep starts where this one ends
+            else:
+                ahead, before = min(1.2 * ahead, 0.99), cores
+            if distance >= now:
+                return cores
+            cores, now = found, distance
+            marks.append(now)
+            if now <= floor or (len(marks) > 10 and marks[-11] - now < 1e-5 * marks[-11]):
+                break
+        return cores
+
+    def _swept(self, cores: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """Every core solved for once, and the squared distance then."""
+        found = dict(cores)
+        for name in self.net.cores:
+            self.fill(found)
+            found[name] = self.solve(found, name)
+        return found, self.distance(found)
 
 
 def _damped(normal: Tensor, right: Tensor, old: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def _halves(tensor: Tensor, have: Axes, groups: Sequence[Axes], bonds: list[int]
     kept = min(rank, most)
     u, s, v = u[..., :kept], s[..., :kept, None], v[..., :kept, :]
     one, other = (u * s.mT.sqrt(), v * s.sqrt()) if last and len(bonds) else (u, v * s)
-    if rank > kept:
-        one = torch.nn.functional.pad(one, (0, rank - kept))
+    if rank > kept:  # slots that least squares can take up: noise on one side, nothing on the other
+        noise = torch.randn(*u.shape[:2], rank - kept, generator=torch.Generator().manual_seed(0), dtype=u.dtype).to(u.device)
+        one = torch.cat([one, noise / u.shape[1] ** 0.5], dim=-1)
         other = torch.nn.functional.pad(other, (0, 0, 0, rank - kept))
     return one.reshape(*batch, *left, *bonds), other.reshape(*batch, *bonds, *right)

@@ -103,7 +103,7 @@ def test_restructure_is_all_or_nothing():
         dict(structure="btt", rank=-1),
         dict(structure="btt", layers="nothing"),
         dict(structure="xyz"),
-        dict(structure="btt", init="project"),
+        dict(structure="btt", init="warm"),
         dict(structure="btt", layers="x.*"),
     ):
         with pytest.raises(tn.StructureError):

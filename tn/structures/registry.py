@@ -86,7 +86,8 @@ class Structure:
         varies: the option that a budget is met with. clamped: whether its cores are RMS-clamped unless the layer says otherwise.
         gated: the rank axis of which each row uses only some values, chosen by a gate; None: the map is linear.
         contains: another family → how its layers become layers of this one, exactly.
-        note: what to print beside a layer of this family. start: where a projection without closed form starts; None: `projection_svd.split`.
+        note: what to print beside a layer of this family.
+        start: where a projection without closed form starts; None: `projection_svd.split`.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from tn import errors, ops, structures, testing
 from tn.contraction import Contraction, backend
+from tn.coordinate_check import CoordinateCheck, coordinate_check
 from tn.einsum import contract, einsum
 from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
 from tn.linear import Embedding, StructuredLinear
@@ -20,8 +21,8 @@ from tn.tracing import Node, Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Contraction", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program", "Projection", "ProjectionError",
-    "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend", "compile", "contract", "densify",
-    "einsum", "errors", "flops", "load_restructured", "network", "ops", "param_groups", "plan", "project", "register_structure",
-    "restructure", "save_restructured", "structures", "testing", "trace",
+    "Contraction", "CoordinateCheck", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program",
+    "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend",
+    "compile", "contract", "coordinate_check", "densify", "einsum", "errors", "flops", "load_restructured", "network", "ops",
+    "param_groups", "plan", "project", "register_structure", "restructure", "save_restructured", "structures", "testing", "trace",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from tn.contraction import Contraction, backend
 from tn.coordinate_check import CoordinateCheck, coordinate_check
 from tn.einsum import contract, einsum
 from tn.errors import OperatorError, PlanError, ProjectionError, SizeError, SpecError, StructureError, TnError
+from tn.experts import balance_loss
+from tn.guidance import Guide, guide
 from tn.linear import Embedding, StructuredLinear
 from tn.network import Network, network
 from tn.ops import Mask
@@ -21,8 +23,9 @@ from tn.tracing import Node, Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Contraction", "CoordinateCheck", "Embedding", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program",
+    "Contraction", "CoordinateCheck", "Embedding", "Guide", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError", "Program",
     "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace", "backend",
-    "compile", "contract", "coordinate_check", "densify", "einsum", "errors", "flops", "load_restructured", "network", "ops",
-    "param_groups", "plan", "project", "register_structure", "restructure", "save_restructured", "structures", "testing", "trace",
+    "balance_loss", "compile", "contract", "coordinate_check", "densify", "einsum", "errors", "flops", "guide", "load_restructured",
+    "network", "ops", "param_groups", "plan", "project", "register_structure", "restructure", "save_restructured", "structures",
+    "testing", "trace",
 ]  # fmt: skip

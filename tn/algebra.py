@@ -135,6 +135,8 @@ def sizes_of(structure: str, cores: Mapping[str, Tensor]) -> Network:
 
 def _values(layer: "StructuredLinear") -> dict[str, Tensor]:
     """The cores, what a clamp makes of them included."""
+    if layer.experts is not None:
+        raise StructureError(f"{layer.structure} is no linear map: which experts it applies depends on the input")
     values = {name: getattr(layer, name).detach() for name in layer.network.cores}
     if layer.clamp:
         first = layer.network.cores[0]

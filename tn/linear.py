@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tn import algebra, ops, structures
+from tn import algebra, ops, structures, tracing
 from tn.contraction import Contraction
 from tn.errors import OperatorError, SizeError, StructureError, unknown
+from tn.experts import Experts
+from tn.network import Network
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank, axes_of, positive
 
@@ -27,6 +29,7 @@ class StructuredLinear(Contraction):
             layer. budget: a fraction.
         clamp: divide each core by its RMS over its starting RMS where that is above one, times a learned gain (`gains=False`: without;
             as for queries and keys under a norm); None: as the family says, and only btt_norm says yes.
+        active: of a gated structure, such as btt_moe, the experts each row uses, 2 by default.
         init: "mup" starts each core as `Contraction` does; "standard" normal with std 1/√d_in,c; "normal" so that the matrix has the
             standard deviation `std`. zero_init: start with the last core at zero.
         device, dtype: of the parameters. backend: see Contraction.
@@ -61,6 +64,7 @@ class StructuredLinear(Contraction):
         budget: float | None = None,
         clamp: bool | None = None,
         gains: bool = True,
+        active: int | None = None,
         init: str = "mup",
         std: float | None = None,
         zero_init: bool = False,
@@ -88,28 +92,39 @@ class StructuredLinear(Contraction):
         self.structure, self.rank, self.factors = structure, built.rank, built.factors
         self.clamp = family.clamped if clamp is None else clamp
         self.init, self.std = init, std
+        if family.gated is None and active is not None:
+            raise StructureError(f"{structure} has no experts, got active={active!r}")
+        self.experts = (
+            Experts(built, family.gated, min(2, built.network.sizes[family.gated]) if active is None else active) if family.gated else None
+        )
+        self._balance: Tensor | None = None
         self._stds = self.start()
         self._pads = built.d_in - in_features, built.d_out - out_features
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         if self.clamp and gains:
             self.gains = nn.Parameter(torch.ones(len(built.network.cores), device=device, dtype=dtype))
-        if init != "mup":
+        self.register_parameter("shadow", None)  # a dense twin and its part of the output, see tn.guide
+        self.register_buffer("guidance", None)
+        if self.experts is not None:
+            self.gate = nn.Parameter(torch.zeros(self.experts.count, in_features, device=device, dtype=dtype))
+        if init != "mup" or self.experts is not None:
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero, gains at one."""
         super().reset_parameters()
-        init = self.__dict__.get("init", "mup")  # Contraction calls this before there is one
-        if init == "mup":
+        if "init" not in self.__dict__:  # Contraction calls this before there is anything of ours
             return
         with torch.no_grad():
-            for name, std in self.start(init).items():
+            for name, std in self.start().items() if self.init != "mup" or self.experts is not None else ():
                 core = getattr(self, name)
                 if not core.is_meta and not (self.zero_init and name == self.network.cores[-1]):
                     nn.init.normal_(core, std=std)
             if getattr(self, "gains", None) is not None:
                 nn.init.ones_(self.gains)
+            if self.experts is not None:
+                nn.init.zeros_(self.gate)
 
     def start(self, init: str | None = None) -> dict[str, float]:
         """core → standard deviation it starts with."""
@@ -118,8 +133,13 @@ class StructuredLinear(Contraction):
             assert self.std is not None
             return dict.fromkeys(self.network.cores, core_std(self.built, self.std))
         if init == "standard":
-            return {fan.core: 1 / math.sqrt(max(fan.d_in, 1)) for fan in self.network.fans()}
-        return {fan.core: math.sqrt(min(fan.d_in, fan.d_out)) / max(fan.d_in, 1) for fan in self.network.fans()}
+            return {fan.core: 1 / math.sqrt(max(fan.d_in, 1)) for fan in self.reference.fans()}
+        return {fan.core: math.sqrt(min(fan.d_in, fan.d_out)) / max(fan.d_in, 1) for fan in self.reference.fans()}
+
+    @property
+    def reference(self) -> Network:
+        """What starts and rates go by: the network; of a gated structure, that of one expert."""
+        return self.experts.single if self.experts is not None else self.network
 
     def _contract(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
@@ -128,9 +148,27 @@ class StructuredLinear(Contraction):
         if x.shape[-1:] != (self.in_features,):
             raise SizeError(f"input has shape {tuple(x.shape)}, expected a last dimension of {self.in_features}")
         before, after = self._pads
-        result = super()._contract(nn.functional.pad(x, (0, before)) if before else x)
+        padded = nn.functional.pad(x, (0, before)) if before else x
+        result = self._routed(padded) if self.experts is not None else super()._contract(padded)
         result = result[..., : self.out_features] if after else result
-        return result * self._gain().to(result.dtype) if self.clamp else result
+        result = result * self._gain().to(result.dtype) if self.clamp else result
+        if self.shadow is not None:
+            ratio = self.guidance.to(result.dtype)
+            result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
+        return result
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """The contraction by the experts that the gate chooses for each row."""
+        assert self.experts is not None
+        cores = {name: getattr(self, name) for name in self.network.cores}
+        result, balance = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
+        if not torch.compiler.is_compiling():
+            self._balance = balance
+        result = result.reshape(*x.shape[:-1], result.shape[-1])
+        if tracing.recording():
+            count = sum(parameter.numel() for parameter in self.parameters())
+            self.experts.record(str(self.network.spec), result, math.prod(x.shape[:-1]), count, self.gate)
+        return result
 
     def _gain(self) -> Tensor:
         """What the clamped cores together are of the stored ones: the map is linear in each core, so one number does.
@@ -147,7 +185,9 @@ class StructuredLinear(Contraction):
         return total if gains is None else total * gains.prod()
 
     def to_dense(self) -> Tensor:
-        """The matrix (out_features, in_features), differentiable in the cores."""
+        """The matrix (out_features, in_features), differentiable in the cores. Raises OperatorError where there is none (btt_moe)."""
+        if self.experts is not None:
+            raise OperatorError(f"{self.structure} has no matrix: which experts it applies depends on the input")
         core = getattr(self, self.network.cores[0])
         return self._contract(torch.eye(self.in_features, device=core.device, dtype=core.dtype)).mT
 
@@ -195,6 +235,9 @@ class StructuredLinear(Contraction):
                 layer.bias.copy_(bias)
         return layer
 
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_balance": None}  # belongs to one forward pass and its graph
+
     def set_cores(self, cores: Mapping[str, Tensor]) -> None:
         """Copy values into the cores; gains become what makes the matrix exactly that of these cores."""
         with torch.no_grad():
@@ -238,6 +281,7 @@ class StructuredLinear(Contraction):
             "factors": (self.factors, None),
             "clamp": (self.clamp, family.clamped),
             "gains": (gains, True),
+            "active": (self.experts.active if self.experts is not None else None, None),
             "init": (self.init, "mup"),
             "std": (self.std, None),
             "zero_init": (self.zero_init, False),

@@ -9,6 +9,7 @@ from torch import nn
 from tn.contraction import Contraction
 from tn.errors import SizeError, StructureError, unknown
 from tn.linear import Embedding
+from tn.network import Network
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _TABLES = (nn.Embedding, Embedding)
@@ -23,7 +24,7 @@ def multipliers(layer: Contraction, rule: str = "adam") -> dict[str, float]:
     dense matrix goes as d_out / d_in (arXiv:2410.02117), (d_out,c / d_in,c) / (d_out / d_in) / n_cores. d_in and d_out are the products of
     the axes that the layer contracts and makes.
     """
-    network = layer.network
+    network: Network = getattr(layer, "reference", layer.network)
     ins = [axis for name in network.inputs for axis in network.term(name).axes if axis in network.sizes]
     outs = [axis for axis in network.output.axes if axis in network.sizes]
     d_in = math.prod(network.sizes[axis] for axis in ins if axis not in outs)

@@ -10,7 +10,7 @@ from tn.testing import assert_close
 
 @pytest.mark.parametrize("d_in", [1, 2, 3, 7, 13, 64, 431])
 @pytest.mark.parametrize("d_out", [1, 5, 63, 50257 // 100])
-@pytest.mark.parametrize("structure", tn.structures.names())
+@pytest.mark.parametrize("structure", [name for name in tn.structures.names() if not tn.structures.get(name).gated])
 def test_any_size_is_accepted_and_never_truncated(d_in, d_out, structure):
     layer = tn.StructuredLinear(d_in, d_out, structure=structure, dtype=torch.float64)
     x = torch.randn(3, d_in, dtype=torch.float64)

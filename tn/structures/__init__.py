@@ -1,6 +1,6 @@
 """Structured linear maps: one registry entry a family, and nothing about a family anywhere else."""
 
-from tn.structures import blast, block_diagonal, btt, dense, einsum2, kronecker, low_rank, monarch, tt
+from tn.structures import blast, block_diagonal, btt, btt_moe, dense, einsum2, kronecker, low_rank, monarch, tt
 from tn.structures.budget import cost
 from tn.structures.custom import register_structure
 from tn.structures.einsum2 import exponents

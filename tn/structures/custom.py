@@ -35,11 +35,11 @@ def register_structure(
         StructureError: a taken name, no input `x`, an input or output with more than its rows and one dimension, axes on no core.
         SpecError: see `tn.network`.
 
-    >>> spec = "x: ... (a b), u: a p, v: b q, core: p q s t, w: s k, z: t l -> ... (k l)"
-    >>> register_structure("tucker", spec, rank=3)
-    >>> import tn
-    >>> tn.StructuredLinear(64, 36, structure="tucker", rank=5).factors
-    ((8, 8), (6, 6))
+    As in
+
+        spec = "x: ... (a b), u: a p, v: b q, core: p q s t, w: s k, z: t l -> ... (k l)"
+        tn.register_structure("tucker", spec, rank=3)
+        layer = tn.StructuredLinear(64, 36, structure="tucker", rank=5)    # factors ((8, 8), (6, 6))
     """
     net = network(spec)
     if "x" not in net.names or len(net.names) < 2:

@@ -137,6 +137,8 @@ def _values(layer: "StructuredLinear") -> dict[str, Tensor]:
     """The cores, what a clamp makes of them included."""
     if layer.experts is not None:
         raise StructureError(f"{layer.structure} is no linear map: which experts it applies depends on the input")
+    if layer.permutation is not None:
+        raise StructureError("a layer with permuted inputs is not in the family of its cores; use layer.to_dense()")
     values = {name: getattr(layer, name).detach() for name in layer.network.cores}
     if layer.clamp:
         first = layer.network.cores[0]

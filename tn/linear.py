@@ -30,6 +30,7 @@ class StructuredLinear(Contraction):
         clamp: divide each core by its RMS over its starting RMS where that is above one, times a learned gain (`gains=False`: without;
             as for queries and keys under a norm); None: as the family says, and only btt_norm says yes.
         active: of a gated structure, such as btt_moe, the experts each row uses, 2 by default.
+        permuted: reorder the inputs first, by the buffer `permutation` (position → input), the given order until it is set.
         init: "mup" starts each core as `Contraction` does; "standard" normal with std 1/√d_in,c; "normal" so that the matrix has the
             standard deviation `std`. zero_init: start with the last core at zero.
         device, dtype: of the parameters. backend: see Contraction.
@@ -46,6 +47,9 @@ class StructuredLinear(Contraction):
     """
 
     replaced: type[nn.Module] | None = None  # what restructure put it in the place of, where densify must make that again
+    permutation: Tensor | None
+    shadow: nn.Parameter | None
+    guidance: Tensor | None
     tn_role: str | None = None  # what the layer does in its model, such as "mlp.in"; restructure goes by it
 
     def __init__(
@@ -65,6 +69,7 @@ class StructuredLinear(Contraction):
         clamp: bool | None = None,
         gains: bool = True,
         active: int | None = None,
+        permuted: bool = False,
         init: str = "mup",
         std: float | None = None,
         zero_init: bool = False,
@@ -104,6 +109,8 @@ class StructuredLinear(Contraction):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         if self.clamp and gains:
             self.gains = nn.Parameter(torch.ones(len(built.network.cores), device=device, dtype=dtype))
+        order = torch.arange(in_features, device=device) if permuted else None
+        self.register_buffer("permutation", order)
         self.register_parameter("shadow", None)  # a dense twin and its part of the output, see tn.guide
         self.register_buffer("guidance", None)
         if self.experts is not None:
@@ -148,7 +155,8 @@ class StructuredLinear(Contraction):
         if x.shape[-1:] != (self.in_features,):
             raise SizeError(f"input has shape {tuple(x.shape)}, expected a last dimension of {self.in_features}")
         before, after = self._pads
-        padded = nn.functional.pad(x, (0, before)) if before else x
+        ordered = x if self.permutation is None else x[..., self.permutation]
+        padded = nn.functional.pad(ordered, (0, before)) if before else ordered
         result = self._routed(padded) if self.experts is not None else super()._contract(padded)
         result = result[..., : self.out_features] if after else result
         result = result * self._gain().to(result.dtype) if self.clamp else result
@@ -200,12 +208,14 @@ class StructuredLinear(Contraction):
         in_features: int | None = None,
         out_features: int | None = None,
         bias: Tensor | None = None,
+        permutation: Tensor | None = None,
     ) -> "StructuredLinear":
         """The layer whose matrix these cores make, with copies of them; rank and factors are read off their shapes.
 
         Args:
             structure: as in the constructor. cores: by name, shaped as the structure's spec stores them.
             in_features, out_features: where less than the factors make, the rest is padding. bias: (out_features,) or None.
+            permutation: of the inputs, position → input, or None.
 
         Raises:
             StructureError: other names than the structure's cores, or sizes the family refuses. SizeError: shapes that disagree.
@@ -226,9 +236,12 @@ class StructuredLinear(Contraction):
             structure=structure,
             rank=None if not ranks else ranks[0] if len(ranks) == 1 else tuple(ranks),
             factors=(tuple(ins), tuple(outs)) if len(ins) > 1 or len(outs) > 1 else None,
+            permuted=permutation is not None,
             device=example.device,
             dtype=example.dtype,
         )
+        if permutation is not None:
+            layer.permutation.copy_(permutation)
         layer.set_cores(cores)
         if bias is not None:
             with torch.no_grad():
@@ -282,6 +295,7 @@ class StructuredLinear(Contraction):
             "clamp": (self.clamp, family.clamped),
             "gains": (gains, True),
             "active": (self.experts.active if self.experts is not None else None, None),
+            "permuted": (self.permutation is not None, False),
             "init": (self.init, "mup"),
             "std": (self.std, None),
             "zero_init": (self.zero_init, False),

@@ -10,6 +10,7 @@ from tn import structures
 from tn.errors import ProjectionError
 from tn.linear import StructuredLinear
 from tn.projection_als import Fit
+from tn.projection_permute import search
 from tn.projection_svd import as_tensor, separable, split
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank
@@ -24,7 +25,7 @@ class Projection:
 
     Attributes:
         structure: its family. cores: by name, as the structure stores them. sizes: of the axes.
-        permutation: of the inputs, None for the order given. error: ‖W − A‖ / ‖W‖, both times the Gram root where one was given.
+        permutation: position → input, None for the order given. error: ‖W − A‖ / ‖W‖, both times the Gram root where one was given.
         energy: 1 − error². built: the structure at these sizes. shape: of the weight.
     """
 
@@ -40,7 +41,8 @@ class Projection:
     def layer(self, bias: Tensor | None = None) -> StructuredLinear:
         """A StructuredLinear with this matrix."""
         out_features, in_features = self.shape
-        return StructuredLinear.from_cores(self.structure, self.cores, in_features=in_features, out_features=out_features, bias=bias)
+        sizes = {"in_features": in_features, "out_features": out_features}
+        return StructuredLinear.from_cores(self.structure, self.cores, bias=bias, permutation=self.permutation, **sizes)
 
     def to_dense(self) -> Tensor:
         """The matrix (out, in)."""
@@ -59,6 +61,7 @@ def project(
     match: str | None = None,
     budget: float | None = None,
     gram: Tensor | None = None,
+    permute: bool = False,
     start: Mapping[str, Tensor] | None = None,
     sweeps: int = _SWEEPS,
 ) -> Projection:
@@ -69,6 +72,7 @@ def project(
         structure, rank, factors, cores, blocks, theta, match, budget: as in `tn.StructuredLinear`.
         gram: (in, in) XᵀX of the inputs X (rows, in) the layer sees: then ‖X (W − A)ᵀ‖ is minimised instead, as SVD-LLM
             (arXiv:2403.07378) does for low rank.
+        permute: also search for an order of the inputs that suits the blocks, for block_diagonal, monarch and two-core btt.
         start: cores to improve, such as another projection's; None: a singular value decomposition, core after core.
         sweeps: at most so many rounds of alternating least squares, where there is no closed form.
 
@@ -92,6 +96,9 @@ def project(
         raise ProjectionError(f"{structure} is no linear map: which matrix it applies depends on the input")
     with torch.no_grad():
         whole = weight.detach().to(torch.float64)
+        order = _order(whole, built) if permute else None
+        if order is not None:
+            whole, gram = whole[:, order], None if gram is None else gram[order][:, order]
         white = None if gram is None else _root(gram, in_features, whole)
         found = _nearest(built, family, whole, white, start, sweeps)
         net = built.network
@@ -99,7 +106,17 @@ def project(
         off = whole - _dense(built, stored)[:out_features, :in_features]
         norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
     error = norms[0] / norms[1] if norms[1] else norms[0]
-    return Projection(structure, stored, net.sizes, None, error, 1 - error**2, built, (out_features, in_features))
+    return Projection(structure, stored, net.sizes, order, error, 1 - error**2, built, (out_features, in_features))
+
+
+def _order(weight: Tensor, built: Built) -> Tensor:
+    """A better order of the inputs; the padding stays at the end, where the layer puts it."""
+    rows, columns = built.d_out - weight.shape[0], built.d_in - weight.shape[1]
+    if columns:
+        raise ProjectionError(
+            f"permute needs inputs that factor without padding, {weight.shape[1]} is padded to {built.d_in}; give factors"
+        )
+    return search(torch.nn.functional.pad(weight, (0, 0, 0, rows)), built)
 
 
 def _nearest(

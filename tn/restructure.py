@@ -97,6 +97,7 @@ def restructure(
     budget: float | None = None,
     clamp: bool | None = None,
     init: str = "scratch",
+    permute: bool = False,
     inputs: Iterable[Any] | None = None,
     measure: int | None = None,
 ) -> Report:
@@ -110,6 +111,7 @@ def restructure(
             ViT; the last layer without a role is the head), a path or a glob over paths such as "blocks.*.mlp.*", several of them, or a
             predicate (path, module) → bool.
         init: "scratch" draws new cores, "project" takes the nearest ones to the old matrix (`tn.project`).
+        permute: for init="project": also search for an order of each layer's inputs (see `tn.project`).
         inputs: for init="project": batches the model is called with (a tensor, a tuple or a dict of arguments); each layer is then
             projected for the inputs it sees there.
         measure: rows to time old and new layers at, forward; None: only predicted.
@@ -124,8 +126,8 @@ def restructure(
     structures.get(structure)
     if init not in ("scratch", "project"):
         raise StructureError(unknown("init", init, ("scratch", "project")))
-    if inputs is not None and init != "project":
-        raise StructureError("inputs are for init='project'")
+    if (inputs is not None or permute) and init != "project":
+        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
@@ -134,11 +136,13 @@ def restructure(
     errors: dict[str, float] = {}
     for path, layer in chosen.items():
         try:
-            new = _twin(layer, structure=structure, clamp=clamp, rank=ranks[path], **shared)
+            new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
             if init == "project":
                 shape: dict[str, Any] = {"structure": structure, "rank": new.rank, "factors": new.factors}
-                found = project(matrix(layer), gram=grams.get(path), **shape)
+                found = project(matrix(layer), gram=grams.get(path), permute=permute, **shape)
                 new.set_cores(found.cores)
+                if found.permutation is not None:
+                    new.permutation.copy_(found.permutation)
                 errors[path] = found.error
                 _copy_bias(layer, new)
         except TnError as error:

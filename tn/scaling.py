@@ -118,8 +118,9 @@ def _settings(model: nn.Module, ratio: "_Ratio", rule: str) -> Iterator[tuple[st
                 yield path, name, parameter, rates[local] * ratio.of_layer(path, module), True
             elif isinstance(module, (*_NORMS, *_TABLES)) or parameter.dim() < 2:
                 yield path, name, parameter, ratio.of_vector(name, parameter), False
-            elif isinstance(module, Contraction):  # a dense matrix beside the cores
-                yield path, name, parameter, ratio.of_layer(path, module), True
+            elif isinstance(module, Contraction):  # a dense twin; or the gate of experts, whose rate stays (arXiv:2410.02117)
+                gate = local == "gate"
+                yield path, name, parameter, 1.0 if gate else ratio.of_layer(path, module), not gate
             else:
                 yield path, name, parameter, ratio.of_matrix(name, parameter), True
 

@@ -162,3 +162,35 @@ def test_structure_refusals_come_through():
     with pytest.raises(tn.StructureError, match="btt rank 9 is more than 2"):
         tn.project(torch.ones(4, 4), structure="btt", rank=9)
     assert get("dense").takes == ()
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "btt", "monarch"])
+def test_a_shuffled_member_is_found_again(structure):
+    options = {"btt": dict(rank=1, factors=((4, 6), (4, 5))), "monarch": dict(factors=((4, 1, 6), (4, 1, 5)), rank=1)}.get(structure, {})
+    layer = tn.StructuredLinear(24, 20, structure=structure, bias=False, dtype=F64, **options)
+    shuffled = layer.to_dense().detach()[:, torch.randperm(24)]
+    plain = tn.project(shuffled, structure=structure, **options)
+    found = tn.project(shuffled, structure=structure, permute=True, **options)
+    assert found.error < (1e-6 if structure == "block_diagonal" else 0.9 * plain.error) < plain.error
+    assert sorted(found.permutation.tolist()) == list(range(24))
+    off = float((found.to_dense() - shuffled).norm() / shuffled.norm())
+    assert off == pytest.approx(found.error, abs=1e-9)
+    again = eval(repr(found.layer()), {"StructuredLinear": tn.StructuredLinear}).double()
+    again.load_state_dict(found.layer().state_dict())
+    assert torch.equal(again.to_dense(), found.to_dense())
+
+
+def test_a_permutation_never_hurts_and_what_cannot_be_permuted_says_so():
+    weight = torch.randn(36, 24, dtype=F64)
+    for structure in ("block_diagonal", "btt", "monarch", "btt_norm"):
+        assert tn.project(weight, structure=structure, permute=True).error <= tn.project(weight, structure=structure).error + 1e-12
+    gram = torch.diag(torch.logspace(0, -2, 24, dtype=F64))
+    found = tn.project(weight, structure="btt", permute=True, gram=gram)
+    off = (found.to_dense() - weight) @ gram.sqrt()
+    assert found.error == pytest.approx(float(off.norm() / (weight @ gram.sqrt()).norm()), rel=1e-6)
+    with pytest.raises(tn.ProjectionError, match="permute is for two-core"):
+        tn.project(weight, structure="tt", permute=True)
+    with pytest.raises(tn.ProjectionError, match="13 is padded to 14"):
+        tn.project(weight[:, :13], structure="btt", permute=True)
+    with pytest.raises(tn.StructureError, match="permuted inputs"):
+        _ = found.layer().T

@@ -80,6 +80,8 @@ class StructuredLinear(Contraction):
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if not positive(size):
                 raise StructureError(f"{what} is {size!r}, expected an integer ≥ 1")
+        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+            raise StructureError(f"dtype is {dtype}, expected a floating or complex one")
         _check_init(init, std)
         family = structures.get(structure)
         options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
@@ -218,13 +220,17 @@ class StructuredLinear(Contraction):
             permutation: of the inputs, position → input, or None.
 
         Raises:
-            StructureError: other names than the structure's cores, or sizes the family refuses. SizeError: shapes that disagree.
+            StructureError: other names than the structure's cores, sizes the family refuses, values that are no tensors.
+            SizeError: shapes that disagree.
 
         >>> import torch
         >>> a, c = torch.randn(3, 4, 2, 5), torch.randn(5, 3, 2, 6)
         >>> StructuredLinear.from_cores("btt", {"first": a, "second": c})
         StructuredLinear(12, 30, bias=False, structure='btt', rank=2, factors=((3, 4), (5, 6)))
         """
+        for name, core in cores.items():
+            if not isinstance(core, Tensor):
+                raise StructureError(f"core {name!r} is a {type(core).__name__}, expected a torch.Tensor")
         net = algebra.sizes_of(structure, cores)
         d_in, d_out = algebra.features(net)
         ins, outs, ranks = ([net.sizes[axis] for axis in axes] for axes in axes_of(net))
@@ -240,6 +246,12 @@ class StructuredLinear(Contraction):
             device=example.device,
             dtype=example.dtype,
         )
+        if layer.network.sizes != net.sizes:
+            raise StructureError(
+                f"these cores map {d_in} → {d_out}: no {structure} layer {layer.in_features} → {layer.out_features} has them"
+            )
+        if bias is not None and bias.shape != layer.bias.shape:
+            raise SizeError(f"bias has shape {tuple(bias.shape)}, expected ({layer.out_features},)")
         if permutation is not None:
             layer.permutation.copy_(permutation)
         layer.set_cores(cores)

@@ -258,6 +258,8 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     if callable(layers):
         chosen = {path: m for path, m in linear.items() if layers(path, m)}
     elif not isinstance(layers, str):
+        if not isinstance(layers, Iterable):
+            raise StructureError(f"layers is {layers!r}, expected one of {', '.join(_GROUPS)}, globs over paths, or a predicate")
         globs = list(layers)
         for glob in globs:
             if not any(fnmatch.fnmatchcase(path, glob) for path in linear):

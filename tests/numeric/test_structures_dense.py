@@ -72,7 +72,7 @@ def layers(draw):
     name = draw(st.sampled_from([n for n in tn.structures.names() if n not in ("btt_norm", "btt_moe")]))
     d_in, d_out = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     takes = tn.structures.get(name).takes
-    options: dict = {"cores": draw(st.integers(1, 4))} if "cores" in takes else {}
+    options: dict = {"cores": draw(st.integers(2, 4))} if "cores" in takes else {}
     if "blocks" in takes:
         options["blocks"] = draw(st.sampled_from([None, 1]))
     if "theta" in takes:
@@ -225,6 +225,8 @@ def test_from_cores_of_a_clamped_layer_is_exact_too():
     ("structure", "cores", "message"),
     [("btt", dict(first=(2, 3, 4, 5), third=(5, 2, 4, 3)), "btt has the cores first, second, got first, third"),
      ("blast", dict(right=(1, 2, 3)), "blast has the cores right, mix, left, got right"),
+     ("low_rank", dict(first=(3, 7), second=(7, 3)), "low_rank rank 7 is more than 3"),
+     ("btt", dict(first=(2, 3, 4, 5)), "number of cores is 1, expected an integer from 2 to 8"),
      ("btt", dict(first=(2, 3, 4, 5), second=(5, 2, 6, 3)), "axis 'r' has size 6, expected r=4"),
      ("btt", dict(first=(2, 3, 4), second=(5, 2, 6, 3)), "expected 4 dimensions: i j r k")],
 )  # fmt: skip
@@ -257,3 +259,13 @@ def test_four_core_normal_start():
         squares.append(layer.to_dense().detach().square().mean() / 0.25)
     found = torch.stack(squares)
     assert abs(found.mean() - 1) <= max(0.04, 3 * found.std() / 300**0.5)
+
+
+def test_from_cores_checks_sizes_and_bias():
+    cores = {"first": torch.ones(3, 2), "second": torch.ones(2, 3)}
+    with pytest.raises(tn.StructureError, match="map 3 → 3: no low_rank layer 5 → 3 has them"):
+        tn.StructuredLinear.from_cores("low_rank", cores, in_features=5)
+    with pytest.raises(tn.SizeError, match=r"bias has shape \(5,\), expected \(3,\)"):
+        tn.StructuredLinear.from_cores("low_rank", cores, bias=torch.ones(5))
+    with pytest.raises(tn.StructureError, match="core 'first' is a list"):
+        tn.StructuredLinear.from_cores("low_rank", {**cores, "first": [[1.0]]})

@@ -136,6 +136,8 @@ def test_ranks_budgets_and_several_globs():
     assert all(model[i].built.parameters <= 0.5 * model[i].in_features * model[i].out_features for i in (0, 2))
     with pytest.raises(tn.StructureError, match="rank for '7' matches none"):
         tn.restructure(mlp(), structure="low_rank", rank={"7": 2})
+    with pytest.raises(tn.StructureError, match="layers is 3, expected one of all, all_but_last"):
+        tn.restructure(mlp(), structure="low_rank", layers=3)
     with pytest.raises(tn.StructureError, match="unknown layer 'x'"):
         tn.restructure(mlp(), structure="low_rank", layers=["0", "x"])
 

@@ -12,7 +12,12 @@ Widths = Callable[[Split, Split, tuple[int, ...]], Split]
 
 
 def words(count: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """(input axes, output axes, rank axes) of a chain, slowest first: letters for two cores, numbered words otherwise."""
+    """(input axes, output axes, rank axes) of a chain, slowest first: letters for two cores, numbered words otherwise.
+
+    Raises:
+        StructureError: fewer than two cores, or more than there are names for.
+    """
+    checked_count("a chain's", "number of cores", count, len(ORDINALS), 2)
     if count == 2:
         return ("i", "j"), ("k", "l"), ("r",)
     numbers = range(1, count + 1)
@@ -45,7 +50,7 @@ def default_factors(
         descending: whether the family has the largest factor of d_in first. ranks: factors → the ranks at which they are compared.
         cost, widths: (of d_in, of d_out, ranks) → parameters, sizes of the intermediates.
     """
-    count = checked_count(structure, "cores", 2 if options.cores is None else options.cores, len(ORDINALS))
+    count = checked_count(structure, "cores", 2 if options.cores is None else options.cores, len(ORDINALS), 2)
     order = -1 if descending else 1
     if options.factors == "compat":
         return greedy(d_in, count)[::order], greedy(d_out, count)

@@ -113,6 +113,9 @@ class Structure:
             factors = self.factors(d_in, d_out, options)
         else:
             factors = self._checked_factors(factors, d_in, d_out)
+            for name in ("blocks", "theta", *(["cores"] if options.cores != len(factors[0]) else [])):
+                if name in options.given:
+                    raise StructureError(f"{self.name} takes factors={factors} or {name}={options.given[name]!r}, not both")
         draft = network(self.spec(len(factors[0])))
         ins, outs, ranks = axes_of(draft)
         sizes: dict[str, int] = {}
@@ -233,10 +236,10 @@ def macs(net: Network) -> int:
     return total
 
 
-def checked_count(structure: str, what: str, value: object, most: int) -> int:
-    """A number of cores or blocks. Raises StructureError unless it is an integer from 1 to `most`."""
-    if not isinstance(value, int) or not positive(value) or value > most:
-        raise StructureError(f"{structure} {what} is {value!r}, expected an integer from 1 to {most}")
+def checked_count(structure: str, what: str, value: object, most: int, least: int = 1) -> int:
+    """A number of cores or blocks. Raises StructureError unless it is an integer from `least` to `most`."""
+    if not isinstance(value, int) or not positive(value) or not least <= value <= most:
+        raise StructureError(f"{structure} {what} is {value!r}, expected an integer from {least} to {most}")
     return value
 
 

@@ -283,3 +283,14 @@ def test_a_structure_of_your_own(monkeypatch):
             tn.register_structure("test_bad", bad)
         assert message in str(error.value)
     assert "test_bad" not in tn.structures.names()
+
+
+def test_matching_width_costs_what_the_dense_layer_does():
+    for structure in ("btt", "monarch", "low_rank", "tt"):
+        for match in ("params", "flops"):
+            width = tn.structures.matching_width(structure, 256, match=match, multiple=8)
+            built = get(structure).build(width, width)
+            spent = built.parameters if match == "params" else built.macs
+            assert width % 8 == 0 and 0.7 * 256 * 256 <= spent <= 256 * 256
+    with pytest.raises(tn.StructureError, match="costs more params than a dense one of 2"):
+        tn.structures.matching_width("btt", 2, match="params", multiple=64)

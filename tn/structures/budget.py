@@ -58,6 +58,37 @@ def fit(family: Structure, d_in: int, d_out: int, options: Options, *, match: st
     )
 
 
+def matching_width(structure: str, width: int, *, match: str = "flops", multiple: int = 1, options: Options | None = None) -> int:
+    """A width at which a square layer of a family costs what a dense one of `width` does, or little less.
+
+    For comparing structured and dense models at equal cost.
+
+    Args:
+        match: "params", "flops" or "time". multiple: of what the width shall be, such as the number of heads. options: of the family.
+
+    Raises:
+        StructureError: where not even `multiple` is cheap enough.
+
+    >>> matching_width("btt", 64, multiple=16)
+    144
+    """
+    family = get(structure)
+    most = cost(get("dense").build(width, width), match)
+
+    def fits(count: int) -> bool:
+        return cost(family.build(count * multiple, count * multiple, options), match) <= most
+
+    if not fits(1):
+        raise StructureError(f"a {structure} layer of width {multiple} costs more {match} than a dense one of {width}")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * multiple
+
+
 def _descending(family: Structure, d_in: int, d_out: int, options: Options, fits: Callable[[Built], bool]) -> Iterator[Built]:
     """Members of the family, larger ones first; among ranks the largest that fits comes first, found by bisection."""
     if family.varies == "blocks" and options.blocks is None and options.factors is None:

@@ -28,19 +28,20 @@ class Experts:
         self.run = compile(self.single)
         self.gated = compile(_with_gate(built.network, axis))
 
-    def __call__(self, x: Tensor, gate: Tensor, cores: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """x (rows, d_in) and weights of the gate (experts, at most d_in) → (result (rows, d_out), balance loss)."""
+    def __call__(self, x: Tensor, gate: Tensor, cores: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x (rows, d_in) and weights of the gate (experts, at most d_in) → (result (rows, d_out), balance loss or None)."""
         logits = x[:, : gate.shape[1]] @ gate.mT.to(x.dtype)
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         top, chosen = logits.topk(self.active, dim=-1)
         weights = top.softmax(-1)
-        if not len(x) or x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if seen or x.is_meta or not x.shape[0]:
             # Which rows an expert gets depends on data; where there is none or it cannot be followed, all experts run, weighed by the gate.
             whole = torch.zeros_like(logits).scatter(-1, chosen, weights)
             result = self.gated(x, whole.to(x.dtype), *cores.values())
         else:
             result = self._dispatched(x, weights.to(x.dtype), chosen, cores)
-        return result, self._balance(logits, chosen)
+        return result, None if seen or not x.shape[0] else self._balance(logits, chosen)
 
     def _dispatched(self, x: Tensor, weights: Tensor, chosen: Tensor, cores: dict[str, Tensor]) -> Tensor:
         order = chosen.flatten().argsort(stable=True)
@@ -57,8 +58,6 @@ class Experts:
 
     def _balance(self, logits: Tensor, chosen: Tensor) -> Tensor:
         """experts · ⟨share of probability, share of rows⟩ + 0.1 · mean logsumexp²."""
-        if not len(logits):
-            return logits.sum()
         share = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(0) / self.active
         return self.count * (logits.softmax(-1).mean(0) * share).sum() + _BALANCE * logits.logsumexp(-1).square().mean()
 

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import nn
 
 from tn.errors import StructureError
@@ -39,8 +38,7 @@ class Guide:
         """Remove the twins: every layer is what its cores make."""
         self.done = self.steps
         for layer in self.layers.values():
-            layer.register_parameter("shadow", None)
-            layer.register_buffer("guidance", None)
+            layer.set_shadow(False)
 
 
 def guide(model: nn.Module, steps: int) -> Guide:
@@ -73,7 +71,5 @@ def guide(model: nn.Module, steps: int) -> Guide:
         if layer.shadow is not None:
             raise StructureError(f"layer {path!r} is guided already")
     for layer in layers.values():
-        with torch.no_grad():
-            layer.shadow = nn.Parameter(layer.to_dense().contiguous())
-        layer.register_buffer("guidance", torch.ones((), device=layer.shadow.device))
+        layer.set_shadow(True)
     return Guide(layers, steps)

@@ -115,6 +115,7 @@ class StructuredLinear(Contraction):
         self.register_buffer("permutation", order)
         self.register_parameter("shadow", None)  # a dense twin and its part of the output, see tn.guide
         self.register_buffer("guidance", None)
+        self._extras = self.clamp or permuted  # asked first: looking up what is None costs a plain layer microseconds
         if self.experts is not None:
             self.gate = nn.Parameter(torch.zeros(self.experts.count, in_features, device=device, dtype=dtype))
         if init != "mup" or self.experts is not None:
@@ -134,6 +135,8 @@ class StructuredLinear(Contraction):
                 nn.init.ones_(self.gains)
             if self.experts is not None:
                 nn.init.zeros_(self.gate)
+            if self.permutation is not None and not self.permutation.is_meta:
+                self.permutation.copy_(torch.arange(self.in_features))
 
     def start(self, init: str | None = None) -> dict[str, float]:
         """core → standard deviation it starts with."""
@@ -157,15 +160,24 @@ class StructuredLinear(Contraction):
         if x.shape[-1:] != (self.in_features,):
             raise SizeError(f"input has shape {tuple(x.shape)}, expected a last dimension of {self.in_features}")
         before, after = self._pads
-        ordered = x if self.permutation is None else x[..., self.permutation]
+        ordered = x[..., self.permutation] if self._extras and self.permutation is not None else x
         padded = nn.functional.pad(ordered, (0, before)) if before else ordered
         result = self._routed(padded) if self.experts is not None else super()._contract(padded)
         result = result[..., : self.out_features] if after else result
+        if not self._extras:
+            return result
         result = result * self._gain().to(result.dtype) if self.clamp else result
-        if self.shadow is not None:
+        if self.shadow is not None and self.guidance is not None:
             ratio = self.guidance.to(result.dtype)
             result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
         return result
+
+    def set_shadow(self, present: bool) -> None:
+        """Add the dense twin of `tn.guide`, equal to the matrix and all of the output at first, or take it away."""
+        shadow = nn.Parameter(self.to_dense().detach().contiguous()) if present else None
+        self.register_parameter("shadow", shadow)
+        self.register_buffer("guidance", None if shadow is None else torch.ones((), device=shadow.device))
+        self._extras = present or self.clamp or self.permutation is not None
 
     def _routed(self, x: Tensor) -> Tensor:
         """The contraction by the experts that the gate chooses for each row."""

@@ -117,7 +117,7 @@ def convert(layer: "StructuredLinear", structure: str) -> "StructuredLinear":
             f"{structure} does not contain every {layer.structure} matrix; what does: {', '.join(['dense', *candidates])}. "
             f"tn.project gives the nearest {structure}"
         )
-    _, _, cores = family.contains[layer.structure](layer.built, _values(layer))
+    cores = family.contains[layer.structure](layer.built, _values(layer))
     return type(layer).from_cores(structure, cores, in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias)
 
 

@@ -297,8 +297,8 @@ class StructuredLinear(Contraction):
         return algebra.multiply(self, other) if isinstance(other, StructuredLinear) else NotImplemented
 
     def convert(self, structure: str) -> "StructuredLinear":
-        """The same matrix and bias in a family that contains this one, exactly: monarch → btt, low_rank → btt or blast, kronecker → tt,
-        anything → dense. Raises StructureError naming the families that do."""
+        """The same matrix and bias in a family that contains this one, exactly: block_diagonal → monarch → btt → einsum2, low_rank → btt or
+        blast, kronecker → tt, anything → dense. Raises StructureError naming the families that do."""
         return algebra.convert(self, structure)
 
     @property

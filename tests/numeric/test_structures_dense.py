@@ -182,7 +182,7 @@ def test_products_stay_in_their_family():
 @pytest.mark.parametrize(
     ("source", "target"),
     [("monarch", "btt"), ("monarch of many blocks", "btt"), ("low_rank", "btt"), ("low_rank", "blast"), ("kronecker", "tt"),
-     ("kronecker of 3 cores", "tt"), *((case, "dense") for case in CASES)],
+     ("kronecker of 3 cores", "tt"), ("block_diagonal", "monarch"), ("btt", "einsum2"), *((case, "dense") for case in CASES)],
 )  # fmt: skip
 @pytest.mark.parametrize("sizes", [(12, 18), (18, 13)], ids=str)
 def test_exact_conversions(source, target, sizes):

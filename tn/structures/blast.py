@@ -13,7 +13,7 @@ from torch import Tensor
 from tn.errors import StructureError
 from tn.structures import low_rank
 from tn.structures.factors import blocks, full_blocks
-from tn.structures.registry import Built, Factors, Options, Rank, Structure, checked_count, register
+from tn.structures.registry import Built, Factors, Options, Structure, checked_count, register
 
 _BLOCKS = 4
 
@@ -38,11 +38,10 @@ def default_rank(factors: Factors, options: Options) -> int:
     return math.isqrt(min(math.prod(factors[0]), math.prod(factors[1])) - 1) + 1
 
 
-def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | None, Factors | None, dict[str, Tensor]]:
+def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One block whose diagonal is one."""
     first, second = cores["first"], cores["second"]
-    found = {"right": first[None], "mix": torch.ones_like(first[:1])[None], "left": second[None]}
-    return first.shape[1], ((1, first.shape[0]), (1, second.shape[1])), found
+    return {"right": first[None], "mix": torch.ones_like(first[:1])[None], "left": second[None]}
 
 
 def start(built: Built, weight: Tensor, white: Tensor | None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tn.structures import chain
 from tn.structures.factors import Split
-from tn.structures.registry import Built, Factors, Options, Rank, Structure, register
+from tn.structures.registry import Built, Factors, Options, Structure, register
 
 
 def spec(count: int) -> str:
@@ -56,21 +56,21 @@ def default_factors(d_in: int, d_out: int, options: Options) -> Factors:
     return chain.default_factors("btt", d_in, d_out, options, descending=True, ranks=ranks, cost=_parameters, widths=_widths)
 
 
-def from_monarch(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | None, Factors | None, dict[str, Tensor]]:
+def from_monarch(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Monarch matrix whose blocks meet all of each other is a BTT with its rank; the blocks between parallel parts are zero."""
     s = built.network.sizes
     first, second = (cores[name].reshape([s[a] for a in built.network.term(name).axes]) for name in ("first", "second"))
     parts = torch.eye(s["m"], dtype=first.dtype, device=first.device)
     a = torch.einsum("kmpql,mn->kmpqln", first, parts).reshape(s["k"] * s["m"], s["p"], s["q"], s["l"] * s["m"])
     c = torch.einsum("lmkqs,mn->lmknqs", second, parts).reshape(s["l"] * s["m"], s["k"] * s["m"], s["q"], s["s"])
-    return s["q"], ((s["k"] * s["m"], s["p"]), (s["l"] * s["m"], s["s"])), {"first": a, "second": c}
+    return {"first": a, "second": c}
 
 
-def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | None, Factors | None, dict[str, Tensor]]:
+def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every block of a matrix of rank r has rank r at most: one block."""
     first, second = cores["first"], cores["second"]
     (d_in, r), d_out = first.shape, second.shape[1]
-    return r, ((1, d_in), (1, d_out)), {"first": first.reshape(1, d_in, r, 1), "second": second.reshape(1, 1, r, d_out)}
+    return {"first": first.reshape(1, d_in, r, 1), "second": second.reshape(1, 1, r, d_out)}
 
 
 register(

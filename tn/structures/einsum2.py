@@ -8,7 +8,10 @@ Kronecker (½,½,0,½,½,0,0), tensor train the same with ρ > 0, block tensor t
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+
+from torch import Tensor
 
 from tn.errors import StructureError
 from tn.structures.registry import Built, Factors, Options, Structure, register
@@ -97,6 +100,14 @@ def note(built: Built) -> str:
     return f"θ ({'|'.join(f'{value:.2f}' for value in theta)}) ν {nu:.2f} ω {omega:.2f} ψ {psi:.2f}"
 
 
+def from_btt(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A block tensor train of two cores is the point where b and d have size one."""
+    if len(cores) != 2:
+        raise StructureError(f"einsum2 has two cores, this btt has {len(cores)}")
+    first, second = cores["first"], cores["second"]  # (i, j, r, k), (k, i, r, l)
+    return {"first": first.permute(0, 1, 3, 2).unsqueeze(3), "second": second.permute(1, 0, 3, 2).unsqueeze(1)}
+
+
 register(
     Structure(
         name="einsum2",
@@ -106,5 +117,6 @@ register(
         rank=default_rank,
         takes=("rank", "factors", "theta"),
         note=note,
+        contains={"btt": from_btt},
     )
 )

@@ -5,9 +5,14 @@ q, as wide in the middle as the narrower side: y_ls = Σ_kq second_lkqs Σ_p fir
 longer join all of them and the map falls into m parallel parts. The output order is (l m s).
 """
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from tn.errors import StructureError
 from tn.structures.factors import blocks, full_blocks
-from tn.structures.registry import Factors, Options, Structure, checked_count, register
+from tn.structures.registry import Built, Factors, Options, Structure, checked_count, register
 
 _BLOCKS = 4
 
@@ -36,6 +41,15 @@ def default_rank(factors: Factors, options: Options) -> int:
     return -(-min(p, s) // k)
 
 
+def from_block_diagonal(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parallel parts of one block each: the matrix on its narrower side, nothing on the other."""
+    weight = cores["weight"]  # (b, i, o)
+    count, i, o = weight.shape
+    eye = torch.eye(min(i, o), dtype=weight.dtype, device=weight.device).expand(count, -1, -1)
+    first, second = (eye, weight) if i <= o else (weight, eye)
+    return {"first": first[None, ..., None], "second": second[None, :, None]}
+
+
 register(
     Structure(
         name="monarch",
@@ -45,5 +59,6 @@ register(
         rank=default_rank,
         takes=("rank", "factors", "blocks"),
         varies="blocks",
+        contains={"block_diagonal": from_block_diagonal},
     )
 )

@@ -66,10 +66,8 @@ class Built:
         return macs(self.network)
 
 
-# (what the layer was built as, its cores by name) → (rank, factors, cores by name) of the same matrix in another family
-Conversion = Callable[[Built, Mapping[str, Tensor]], tuple[Rank | None, Factors | None, dict[str, Tensor]]]
-
-
+# (what the layer was built as, its cores by name) → cores by name of the same matrix in another family
+Conversion = Callable[[Built, Mapping[str, Tensor]], dict[str, Tensor]]
 # (what to project on, padded matrix (out, in), whitening matrix (in, in) or None) → cores with one dimension an axis
 Start = Callable[[Built, Tensor, Tensor | None], dict[str, Tensor]]
 

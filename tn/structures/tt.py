@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tn.structures import chain
 from tn.structures.factors import Split
-from tn.structures.registry import Built, Factors, Options, Rank, Structure, register
+from tn.structures.registry import Built, Factors, Options, Structure, register
 
 _RANK = 16
 
@@ -46,7 +46,7 @@ def default_factors(d_in: int, d_out: int, options: Options) -> Factors:
     return chain.default_factors("tt", d_in, d_out, options, descending=False, ranks=ranks, cost=parameters, widths=chain.train_widths)
 
 
-def from_kronecker(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | None, Factors | None, dict[str, Tensor]]:
+def from_kronecker(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A sum of r Kronecker products is a train of rank r whose middle cores are diagonal in the rank."""
     found: dict[str, Tensor] = {}
     names = list(cores)
@@ -58,8 +58,7 @@ def from_kronecker(built: Built, cores: Mapping[str, Tensor]) -> tuple[Rank | No
             found[name] = core
         else:
             found[name] = core.permute(1, 2, 0).diag_embed().permute(2, 0, 1, 3)
-    rank = built.network.sizes["r"]
-    return (rank,) * (len(names) - 1) if len(names) > 2 else rank, built.factors, found
+    return found
 
 
 register(

@@ -125,23 +125,22 @@ def _nearest(
     """Cores with one dimension an axis."""
     net = built.network
     rows, columns = built.d_out - weight.shape[0], built.d_in - weight.shape[1]
-    tensor, axes = as_tensor(net, torch.nn.functional.pad(weight, (0, columns, 0, rows)))
+    padded = torch.nn.functional.pad(weight, (0, columns, 0, rows))
     known = None
     if (rows or columns) and not (white is None and separable(net)):
-        known = torch.nn.functional.pad(torch.ones_like(weight), (0, columns, 0, rows))
-        known = as_tensor(net, known)[0].bool()
+        known = torch.nn.functional.pad(torch.ones_like(weight, dtype=torch.bool), (0, columns, 0, rows))
     if white is not None and columns:
         white = torch.block_diag(white, torch.eye(columns, dtype=white.dtype, device=white.device))
     closed = white is None and len(net.cores) <= 2
     if start is not None:
         cores = {name: _given(built, start, name, weight) for name in net.cores}
     elif family.start is not None and not closed:
-        cores = family.start(built, torch.nn.functional.pad(weight, (0, columns, 0, rows)), white)
+        cores = family.start(built, padded, white)
     else:
-        cores = split(net, tensor, axes)
+        cores = split(net, *as_tensor(net, padded))
     if closed and known is None and start is None:
         return cores
-    return Fit(net, tensor, axes, known, white).improve(cores, sweeps)
+    return Fit(net, padded, known, white).improve(cores, sweeps)
 
 
 def _given(built: Built, start: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tn.errors import ProjectionError
 from tn.network import Network
+from tn.projection_svd import as_tensor
 from tn.structures.registry import axes_of
 
 Axes = tuple[str, ...]
@@ -39,26 +40,29 @@ class Fit:
     """Cores being fitted to one matrix.
 
     Args:
-        net: of the structure. tensor, axes: the target as `projection_svd.as_tensor` gives it. known: False where the target is padding,
-            which is filled with what the cores make of it; None: all known. white: (d_in, d_in) or None.
+        net: of the structure. matrix: (d_out, d_in). known: False where the matrix is padding, which is filled with what the cores make of
+            it; None: all known. white: (d_in, d_in) or None.
     """
 
-    def __init__(self, net: Network, tensor: Tensor, axes: Axes, known: Tensor | None, white: Tensor | None) -> None:
-        self.net, self.known, self.axes = net, known, axes
-        self.plain = tensor
+    def __init__(self, net: Network, matrix: Tensor, known: Tensor | None, white: Tensor | None) -> None:
+        self.net = net
+        self.plain, self.axes = as_tensor(net, matrix)
+        self.known = None if known is None else as_tensor(net, known)[0]
         self.fixed: list[Operand] = []
-        self.open = axes
+        self.open = self.axes
+        self.rest: Tensor | float = 0.0
         if white is not None:
             ins, outs, _ = axes_of(net)
-            if set(ins) & set(outs):
-                self.open = tuple(axis for axis in axes if axis not in ins or axis in outs) + (_WHITE,)
-            else:
-                self.open = (*(axis for axis in axes if axis not in ins), _WHITE)
+            self.open = (*(axis for axis in self.axes if axis in outs), _WHITE)
             self.fixed = [(white.reshape(*(net.sizes[axis] for axis in ins), -1), (*ins, _WHITE))]
-        self.target = self._whitened(tensor)
+            unreachable = matrix.clone()  # elements that are zero in every member; whitened, they mix with the others
+            as_tensor(net, unreachable)[0].zero_()
+            rows = (unreachable @ white).reshape(*(net.sizes[axis] for axis in outs), -1)
+            self.rest = rows.permute([(*outs, _WHITE).index(axis) for axis in self.open])
+        self.target = self._whitened(self.plain)
 
     def _whitened(self, tensor: Tensor) -> Tensor:
-        return einsum([(tensor, self.axes), *self.fixed], self.open) if self.fixed else tensor
+        return einsum([(tensor, self.axes), *self.fixed], self.open) + self.rest if self.fixed else tensor
 
     def value(self, cores: Mapping[str, Tensor]) -> Tensor:
         """What the cores contract to, before whitening."""

@@ -194,3 +194,13 @@ def test_a_permutation_never_hurts_and_what_cannot_be_permuted_says_so():
         tn.project(weight[:, :13], structure="btt", permute=True)
     with pytest.raises(tn.StructureError, match="permuted inputs"):
         _ = found.layer().T
+
+
+def test_a_block_diagonal_matrix_for_given_inputs_is_the_regression_on_each_block():
+    """What lies outside the blocks is not made, but the inputs inside them stand in for it as far as they are correlated."""
+    weight, x = torch.randn(20, 24, dtype=F64), torch.randn(200, 24, dtype=F64) @ torch.randn(24, 24, dtype=F64)
+    found = tn.project(weight, structure="block_diagonal", gram=x.mT @ x).to_dense()
+    for block in range(4):
+        rows, columns = slice(5 * block, 5 * block + 5), slice(6 * block, 6 * block + 6)
+        want = torch.linalg.lstsq(x[:, columns], x @ weight[rows].mT).solution.mT
+        assert torch.allclose(found[rows, columns], want, atol=1e-5)

@@ -3,11 +3,11 @@
 import sys
 
 import tn
-from bench import einsum, execution, flops, throughput
+from bench import einsum, execution, flops, structures, throughput
 from tn.errors import unknown
 from zoo.pipes import quiet_pipe
 
-BENCHES = {"einsum": einsum, "execution": execution, "flops": flops, "throughput": throughput}
+BENCHES = {"einsum": einsum, "execution": execution, "flops": flops, "structures": structures, "throughput": throughput}
 
 
 def main(arguments: list[str]) -> int:

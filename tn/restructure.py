@@ -1,15 +1,22 @@
 """Replace the dense layers of a model by structured ones in one call, and back."""
 
 import fnmatch
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tn import structures
-from tn.errors import StructureError, unknown
+from tn.errors import StructureError, TnError, unknown
 from tn.linear import StructuredLinear
+from tn.projection import project
+from tn.replaceable import features, is_conv1d, is_linear, matrix, replace, roles
+from tn.saved_structure import remember
+from tn.structures.registry import Built, Factors, Rank
 
 # torch modules that use the `weight` of their linear children without calling them
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -21,17 +28,30 @@ _GROUPS: dict[str, Callable[[str | None], bool]] = {
     "attn": lambda role: role is not None and role.startswith("attention."),
     "head": lambda role: role == "head",
 }
+Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One replaced layer: its path, its repr before and after, parameters before and after."""
+    """One replaced layer.
+
+    Attributes:
+        path: where. before, after: its repr. parameters_before, parameters_after; flops_before, flops_after: a row, 2 a multiply-add.
+        predicted: the plan's seconds of a training step of 1024 rows, before and after. measured: seconds forward, before and after, None
+        where not asked for. error: relative distance of a projected matrix from the old one, None where drawn anew. note: of the family.
+    """
 
     path: str
     before: str
     after: str
     parameters_before: int
     parameters_after: int
+    flops_before: int = 0
+    flops_after: int = 0
+    predicted: tuple[float, float] = (0.0, 0.0)
+    measured: tuple[float, float] | None = None
+    error: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,83 +61,189 @@ class Report:
     changes: tuple[Change, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<40}{'parameters':>12} → {'':<12}  now"]
-        lines += [f"{c.path:<40}{c.parameters_before:>12,} → {c.parameters_after:<12,}  {c.after}" for c in self.changes]
-        before, after = sum(c.parameters_before for c in self.changes), sum(c.parameters_after for c in self.changes)
-        lines.append(f"{len(self.changes)} layers{'':<31}{before:>12,} → {after:<12,}")
+        timed = any(c.measured for c in self.changes)
+        head = f"{'layer':<40}{'parameters':>12} → {'':<12}{'kFLOP a row':>12} → {'':<10}{'predicted':>10}"
+        lines = [head + (f"{'measured':>10}" if timed else "") + f"{'error':>8}  now"]
+        for c in self.changes:
+            row = f"{c.path:<40}{c.parameters_before:>12,} → {c.parameters_after:<12,}"
+            row += f"{c.flops_before / 1e3:>12,.1f} → {c.flops_after / 1e3:<10,.1f}{_times(c.predicted):>10}"
+            row += f"{_times(c.measured):>10}" if timed else ""
+            lines.append(f"{row}{'' if c.error is None else f'{c.error:.3f}':>8}  {c.after}{f'  {c.note}' if c.note else ''}")
+        totals = [
+            sum(getattr(c, name) for c in self.changes) for name in ("parameters_before", "parameters_after", "flops_before", "flops_after")
+        ]
+        before, after, work_before, work_after = totals
+        label = f"{len(self.changes)} layers"
+        lines.append(f"{label:<40}{before:>12,} → {after:<12,}{work_before / 1e3:>12,.1f} → {work_after / 1e3:<10,.1f}")
         return "\n".join(lines)
+
+
+def _times(pair: tuple[float, float] | None) -> str:
+    """How many times faster."""
+    return "" if pair is None or not pair[1] else f"{pair[0] / pair[1]:.2f} ×"
 
 
 def restructure(
     model: nn.Module,
     *,
     structure: str,
-    layers: str | Callable[[str, nn.Module], bool] = "all_but_last",
-    rank: int | None = None,
+    layers: Layers = "all_but_last",
+    rank: Rank | Mapping[str, Rank] | None = None,
+    factors: Factors | str | None = None,
+    cores: int | None = None,
+    blocks: int | tuple[int, int] | None = None,
+    theta: str | tuple[float, ...] | None = None,
+    match: str | None = None,
+    budget: float | None = None,
+    clamp: bool | None = None,
     init: str = "scratch",
+    permute: bool = False,
+    inputs: Iterable[Any] | None = None,
+    measure: int | None = None,
 ) -> Report:
     """Replace linear layers in place by structured ones of the same sizes. All or nothing.
 
     Args:
-        model: any module; `nn.Linear` and `tn.StructuredLinear` layers can be replaced.
-        structure, rank: as in `tn.StructuredLinear`.
-        layers: "all", "all_but_last", "ffn", "attn" or "head" (the last two and "ffn" go by the `tn_role` of a layer; the last layer
-            without roles is the last linear one), a glob over layer paths such as "blocks.*.mlp.*", or a predicate (path, module) → bool.
-        init: "scratch" draws new cores.
+        model: any module; `nn.Linear`, `tn.StructuredLinear` and transformers' `Conv1D` layers can be replaced.
+        structure, factors, cores, blocks, theta, match, budget, clamp: as in `tn.StructuredLinear`. rank: too, or a mapping from globs over
+            paths to ranks, the first that matches.
+        layers: "all", "all_but_last", "ffn", "attn" or "head" (by the `tn_role` of a layer, or its path in Hugging Face's GPT-2, LLaMA and
+            ViT; the last layer without a role is the head), a path or a glob over paths such as "blocks.*.mlp.*", several of them, or a
+            predicate (path, module) → bool.
+        init: "scratch" draws new cores, "project" takes the nearest ones to the old matrix (`tn.project`).
+        permute: for init="project": also search for an order of each layer's inputs (see `tn.project`).
+        inputs: for init="project": batches the model is called with (a tensor, a tuple or a dict of arguments); each layer is then
+            projected for the inputs it sees there.
+        measure: rows to time old and new layers at, forward; None: only predicted.
 
     Returns:
         A Report of what changed.
 
     Raises:
-        StructureError: an unknown structure or group, no matching layer, a matching layer with shared parameters.
+        StructureError: an unknown structure or group, no matching layer, a matching layer with shared parameters. ProjectionError: a weight
+        that cannot be projected. The message names the layer; nothing is replaced.
     """
     structures.get(structure)
-    if init != "scratch":
-        raise StructureError(
-            f"init={init!r} is not available yet, only 'scratch': projecting trained weights onto a structure is still to come"
-        )
+    if init not in ("scratch", "project"):
+        raise StructureError(unknown("init", init, ("scratch", "project")))
+    if (inputs is not None or permute) and init != "project":
+        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
     chosen = _select(model, layers)
-    built = {}
+    shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
+    ranks = _ranks(rank, chosen)
+    grams = gram_matrices(model, chosen, inputs) if inputs is not None else {}
+    built: dict[str, StructuredLinear] = {}
+    errors: dict[str, float] = {}
     for path, layer in chosen.items():
-        weight = next(layer.parameters())
-        zero = bool(getattr(layer, "zero_init", False))
-        new = StructuredLinear(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            structure=structure,
-            rank=rank,
-            zero_init=zero,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        try:
+            new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
+            if init == "project":
+                shape: dict[str, Any] = {"structure": structure, "rank": new.rank, "factors": new.factors}
+                found = project(matrix(layer), gram=grams.get(path), permute=permute, **shape)
+                new.set_cores(found.cores)
+                if found.permutation is not None:
+                    new.permutation.copy_(found.permutation)
+                errors[path] = found.error
+                _copy_bias(layer, new)
+        except TnError as error:
+            raise type(error)(f"layer {path!r}: {error}") from error
         built[path] = _frozen_as(layer, new)
-    return _swap(model, chosen, built)
+    return _swap(model, chosen, built, errors, measure)
 
 
 def densify(model: nn.Module) -> Report:
     """Replace every structured layer inside a model in place by the dense one with the same matrix and bias. All or nothing.
+
+    A layer that `restructure` made of a transformers `Conv1D` becomes one again, so that the model saves and loads as before.
 
     Raises:
         StructureError: the model itself is such a layer, or a layer cannot be replaced alone (see `restructure`).
     """
     if isinstance(model, StructuredLinear):
         raise StructureError("a layer cannot replace itself: give densify the model that holds it, or take layer.to_dense()")
-    chosen: dict[str, nn.Module] = {p: m for p, m in model.named_modules() if isinstance(m, StructuredLinear) and m.structure != "dense"}
+    chosen: dict[str, nn.Module] = {
+        path: m for path, m in model.named_modules() if isinstance(m, StructuredLinear) and (m.structure != "dense" or m.replaced)
+    }
     _check_owned(model, chosen)
-    built = {}
+    built: dict[str, nn.Module] = {}
     for path, layer in chosen.items():
+        assert isinstance(layer, StructuredLinear)
         core = next(layer.parameters())
-        new = StructuredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None, device=core.device, dtype=core.dtype)
+        if layer.replaced is not None:
+            new: nn.Module = layer.replaced(layer.out_features, layer.in_features).to(core.device, core.dtype)
+            weight = layer.to_dense().mT
+        else:
+            bias = layer.bias is not None
+            new = StructuredLinear(layer.in_features, layer.out_features, bias=bias, device=core.device, dtype=core.dtype)
+            weight = layer.to_dense()
         with torch.no_grad():
-            new.weight.copy_(layer.to_dense())
+            new.weight.copy_(weight)
             if layer.bias is not None:
                 new.bias.copy_(layer.bias)
         built[path] = _frozen_as(layer, new)
-    return _swap(model, chosen, built)
+    return _swap(model, chosen, built, {}, None)
 
 
-def _frozen_as(old: nn.Module, new: StructuredLinear) -> StructuredLinear:
+def gram_matrices(model: nn.Module, chosen: Mapping[str, nn.Module], inputs: Iterable[Any]) -> dict[str, Tensor]:
+    """path → XᵀX in float64 of the inputs X that each layer sees while the model is called, without gradients, on every batch.
+
+    Raises:
+        StructureError: no batch, or a layer that no batch reaches.
+    """
+    grams: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(_: nn.Module, arguments: tuple) -> None:
+            rows = arguments[0].detach().flatten(0, -2).to(torch.float64)
+            grams[path] = grams.get(path, 0) + rows.mT @ rows
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(path)) for path, layer in chosen.items()]
+    try:
+        with torch.no_grad():
+            for batch in inputs:
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                else:
+                    model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [path for path in chosen if path not in grams]
+    if missing:
+        raise StructureError(f"no batch of inputs reaches layer {missing[0]!r}")
+    return grams
+
+
+def _twin(layer: nn.Module, **options: Any) -> StructuredLinear:
+    """A new structured layer with the sizes, bias, dtype and device of a linear one."""
+    weight = next(layer.parameters())
+    d_out, d_in = features(layer)
+    bias = getattr(layer, "bias", None) is not None
+    zero = bool(getattr(layer, "zero_init", False))
+    new = StructuredLinear(d_in, d_out, bias=bias, zero_init=zero, device=weight.device, dtype=weight.dtype, **options)
+    new.replaced = type(layer) if is_conv1d(layer) else getattr(layer, "replaced", None)
+    return new
+
+
+def _copy_bias(old: nn.Module, new: nn.Module) -> None:
+    bias: Tensor | None = getattr(old, "bias", None)
+    if bias is not None:
+        with torch.no_grad():
+            new.bias.copy_(bias)
+
+
+def _ranks(rank: Rank | Mapping[str, Rank] | None, chosen: Mapping[str, nn.Module]) -> dict[str, Rank | None]:
+    if not isinstance(rank, Mapping):
+        return dict.fromkeys(chosen, rank)
+    unused = [glob for glob in rank if not any(fnmatch.fnmatchcase(path, glob) for path in chosen)]
+    if unused:
+        raise StructureError(f"rank for {unused[0]!r} matches none of the chosen layers: {', '.join(list(chosen)[:8])}")
+    return {path: next((r for glob, r in rank.items() if fnmatch.fnmatchcase(path, glob)), None) for path in chosen}
+
+
+def _frozen_as(old: nn.Module, new: Any) -> Any:
     """The new layer with its cores frozen if the old weights are, and its bias frozen if the old bias is."""
     weights = [parameter for name, parameter in old.named_parameters(recurse=False) if name != "bias"]
     for name, parameter in new.named_parameters():
@@ -126,15 +252,21 @@ def _frozen_as(old: nn.Module, new: StructuredLinear) -> StructuredLinear:
     return new
 
 
-def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
-    linear: dict[str, nn.Module] = {path: m for path, m in model.named_modules() if path and isinstance(m, nn.Linear | StructuredLinear)}
-    roles = {path: getattr(m, "tn_role", None) for path, m in linear.items()}
-    if linear and not any(roles.values()):
-        roles[list(linear)[-1]] = "head"  # without roles the last linear layer is the head
+def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    linear: dict[str, nn.Module] = {path: m for path, m in model.named_modules() if path and is_linear(m)}
+    known = roles(linear)
     if callable(layers):
         chosen = {path: m for path, m in linear.items() if layers(path, m)}
+    elif not isinstance(layers, str):
+        if not isinstance(layers, Iterable):
+            raise StructureError(f"layers is {layers!r}, expected one of {', '.join(_GROUPS)}, globs over paths, or a predicate")
+        globs = list(layers)
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(path, glob) for path in linear):
+                raise StructureError(unknown("layer", glob, linear))
+        chosen = {path: m for path, m in linear.items() if any(fnmatch.fnmatchcase(path, glob) for glob in globs)}
     elif layers in _GROUPS:
-        chosen = {path: m for path, m in linear.items() if _GROUPS[layers](roles[path])}
+        chosen = {path: m for path, m in linear.items() if _GROUPS[layers](known[path])}
     elif any(mark in layers for mark in "*?[.") or layers in linear:
         chosen = {path: m for path, m in linear.items() if fnmatch.fnmatchcase(path, layers)}
     else:
@@ -145,7 +277,7 @@ def _select(model: nn.Module, layers: str | Callable[[str, nn.Module], bool]) ->
     return chosen
 
 
-def _check_owned(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def _check_owned(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise StructureError for a layer that cannot be replaced alone: shared, tied, or read by its parent behind its back."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -166,13 +298,56 @@ def _check_owned(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             raise StructureError(f"layer {path!r} belongs to a {type(parent).__name__}, which reads its weight directly; leave it out")
 
 
-def _swap(model: nn.Module, old: dict[str, nn.Module], new: dict[str, StructuredLinear]) -> Report:
-    changes = []
-    for path, layer in new.items():
-        parent, _, name = path.rpartition(".")
-        layer.tn_role = getattr(old[path], "tn_role", None)
-        layer.train(old[path].training)
-        setattr(model.get_submodule(parent), name, layer)
-        counts = [sum(p.numel() for p in m.parameters()) for m in (old[path], layer)]
-        changes.append(Change(path, repr(old[path]), repr(layer), *counts))
+def _swap(
+    model: nn.Module, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], errors: Mapping[str, float], measure: int | None
+) -> Report:
+    changes = [_change(path, old[path], new[path], errors.get(path), measure) for path in new]
+    for path in new:
+        replace(model, path, old[path], new[path])
+    remember(model)
     return Report(tuple(changes))
+
+
+def _change(path: str, old: nn.Module, new: nn.Module, error: float | None, measure: int | None) -> Change:
+    before, after = _built(old), _built(new)
+    return Change(
+        path=path,
+        before=repr(old),
+        after=repr(new),
+        parameters_before=sum(p.numel() for p in old.parameters()),
+        parameters_after=sum(p.numel() for p in new.parameters()),
+        flops_before=2 * before.macs,
+        flops_after=2 * after.macs,
+        predicted=(structures.cost(before, "time"), structures.cost(after, "time")),
+        measured=_measured(old, new, measure) if measure else None,
+        error=error,
+        note=new.note if isinstance(new, StructuredLinear) else "",
+    )
+
+
+def _built(layer: nn.Module) -> Built:
+    if isinstance(layer, StructuredLinear):
+        return layer.built
+    d_out, d_in = features(layer)
+    return structures.get("dense").build(d_in, d_out)
+
+
+def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float] | None:
+    """Median seconds of a forward pass of both, taken in turns."""
+    parameter = next(new.parameters())
+    if parameter.is_meta:
+        return None
+    x = torch.randn(rows, features(new)[1], device=parameter.device, dtype=parameter.dtype)
+    samples: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for turn in range(6):
+            for layer, times in zip((old, new), samples, strict=True):
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                begun = time.perf_counter()
+                layer(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                if turn:
+                    times.append(time.perf_counter() - begun)
+    return statistics.median(samples[0]), statistics.median(samples[1])

@@ -68,7 +68,7 @@ class GPTConfig:
     bias: bool = True
     """biases in linear layers and norms"""
     structure: str = "dense"
-    """family of the linear layers: btt, dense or low_rank"""
+    """family of the linear layers: blast, block_diagonal, btt, btt_moe, btt_norm, dense, einsum2, kronecker, low_rank, monarch or tt"""
     rank: int | None = None
     """rank of the structure (default: the structure's own)"""
     structured: str = "all_but_last"

@@ -261,7 +261,9 @@ def _structured_layers(model: nn.Module) -> list[tuple[str, tn.StructuredLinear]
 def _structure_of(layer: tn.StructuredLinear) -> dict[str, Any]:
     if layer.structure == "dense":
         return _DENSE
-    return {"structure": layer.structure, "rank": layer.rank, "factors": _plain(layer.factors) or None}
+    known = {"structure": layer.structure, "rank": _plain(layer.rank), "factors": _plain(layer.factors) or None}
+    further = {name: value for name, value in layer.settings.items() if name not in (*known, "zero_init")}
+    return {**known, **further}
 
 
 def _set_structures(model: GPT, layers: Mapping[str, Any], path: Path) -> None:
@@ -274,14 +276,14 @@ def _set_structures(model: GPT, layers: Mapping[str, Any], path: Path) -> None:
         want = layers.get(name, _DENSE)
         if want == _structure_of(old):
             continue
+        settings = {option: _tuples(value) for option, value in want.items()}
         try:
             new = tn.StructuredLinear(
                 old.in_features,
                 old.out_features,
                 bias=old.bias is not None,
-                structure=want["structure"],
-                rank=want["rank"],
-                factors=_tuples(want["factors"]),
+                structure=settings.pop("structure"),
+                **settings,
                 zero_init=old.zero_init,
                 device=next(old.parameters()).device,
             )

@@ -10,7 +10,7 @@ from tn.testing import assert_close
 
 @pytest.mark.parametrize("d_in", [1, 2, 3, 7, 13, 64, 431])
 @pytest.mark.parametrize("d_out", [1, 5, 63, 50257 // 100])
-@pytest.mark.parametrize("structure", tn.structures.names())
+@pytest.mark.parametrize("structure", [name for name in tn.structures.names() if not tn.structures.get(name).gated])
 def test_any_size_is_accepted_and_never_truncated(d_in, d_out, structure):
     layer = tn.StructuredLinear(d_in, d_out, structure=structure, dtype=torch.float64)
     x = torch.randn(3, d_in, dtype=torch.float64)
@@ -49,10 +49,10 @@ def test_repr_is_a_constructor_call():
         (dict(structure="btt", rank=1.5), "got 1.5"),
         (dict(structure="btt", rank=1000), "btt rank 1000 is more than 3, which already gives every matrix"),
         (dict(structure="low_rank", rank=9), "low_rank rank 9 is more than 8"),
-        (dict(structure="dense", rank=2), "dense has neither rank nor factors"),
-        (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank has no factors"),
+        (dict(structure="dense", rank=2), "dense takes no options, got rank=2"),
+        (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank takes only rank, got factors"),
         (dict(structure="btt", factors=((2, 3), (2, 4))), "make 6, less than 12"),
-        (dict(structure="btt", factors=((2, 3, 2), (2, 4))), "two positive factors of d_in"),
+        (dict(structure="btt", factors=((2, 3, 2), (2, 4))), "btt takes 3 positive factors of d_out"),
     ],
 )
 def test_refusals(kwargs, message):
@@ -103,7 +103,7 @@ def test_restructure_is_all_or_nothing():
         dict(structure="btt", rank=-1),
         dict(structure="btt", layers="nothing"),
         dict(structure="xyz"),
-        dict(structure="btt", init="project"),
+        dict(structure="btt", init="warm"),
         dict(structure="btt", layers="x.*"),
     ):
         with pytest.raises(tn.StructureError):

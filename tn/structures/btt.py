@@ -1,52 +1,97 @@
-"""btt: two-core block tensor train (Qiu et al. 2024, arXiv:2406.06248).
+"""btt: block tensor train (Qiu et al. 2024, arXiv:2406.06248).
 
-With d_in = i·j and d_out = k·l, every block (k, i) of the matrix is an independent l × j matrix of rank r:
-y_kl = Σ_i Σ_r second_kirl Σ_j first_ijrk x_ij. Parameters = multiply-adds = r·(k·d_in + i·d_out). Rank 1 is Monarch.
+Two cores, d_in = i·j and d_out = k·l: every block (k, i) of the matrix is an independent l × j matrix of rank r,
+y_kl = Σ_i Σ_r second_kirl Σ_j first_ijrk x_ij. Parameters = multiply-adds = r·(k·d_in + i·d_out). Rank 1 is Monarch with √d blocks.
+
+More cores: the n-th turns the fastest input axis that is left into the next output axis, with one matrix for each value of all the
+other axes: nothing is shared, so parameters = multiply-adds always.
 """
 
-from tn.errors import StructureError
-from tn.structures.factors import even, padded, splits
-from tn.structures.registry import Built, Factors, Structure, checked_rank, register
+import math
+from collections.abc import Mapping
 
-SPEC = "x: ... (i j), first: i j r k, second: k i r l -> ... (k l)"
+import torch
+from torch import Tensor
+
+from tn.structures import chain
+from tn.structures.factors import Split
+from tn.structures.registry import Built, Factors, Options, Structure, register
 
 
-def build(d_in: int, d_out: int, rank: int | None, factors: Factors | None) -> Built:
-    """Cores `first` (i, j, r, k) and `second` (k, i, r, l).
+def spec(count: int) -> str:
+    """The spec of a chain of `count` cores.
 
-    Default factors are the fewest parameters among those whose intermediate r·i·k is at least as wide as that of the most even
-    split; sizes without a reasonable split are padded.
+    >>> spec(2)
+    'x: ... (i j), first: i j r k, second: k i r l -> ... (k l)'
     """
-    (i, j), (k, l) = _given(d_in, d_out, factors) if factors is not None else default_factors(padded(d_in), padded(d_out))
-    r = checked_rank("btt", rank, 1, full=min(j, l))
-    return Built(SPEC, dict(i=i, j=j, r=r, k=k, l=l), ("first", "second"), r, ((i, j), (k, l)), i * j, k * l)
+    ins, outs, ranks = chain.words(count)
+    links = ("", *ranks, "")
+    cores = []
+    for n in range(count):
+        left = count - 1 - n  # input axes still to come
+        axes = (*outs[:n], *ins[:left], ins[left], links[n], links[n + 1], outs[n])
+        cores.append(tuple(axis for axis in axes if axis))
+    return chain.text(ins, cores, outs)
 
 
-def default_factors(d_in: int, d_out: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((i, j), (k, l)) as `build` chooses them.
+def _parameters(ins: Split, outs: Split, ranks: tuple[int, ...]) -> int:
+    links, count = (1, *ranks, 1), len(ins)
+    return sum(math.prod(ins[: count - n]) * math.prod(outs[: n + 1]) * links[n] * links[n + 1] for n in range(count))
 
-    >>> default_factors(768, 3072)
+
+def _widths(ins: Split, outs: Split, ranks: tuple[int, ...]) -> Split:
+    return chain.train_widths(ins[::-1], outs, ranks)
+
+
+def default_factors(d_in: int, d_out: int, options: Options) -> Factors:
+    """See `chain.default_factors`.
+
+    >>> default_factors(768, 3072, Options())
     ((24, 32), (64, 48))
     """
-    _j, i = even(d_in)
-    k, _l = even(d_out)
-    width, spread = i * k, (i, k)
 
-    def parameters(i: int, k: int) -> int:
-        return k * d_in + i * d_out
+    def ranks(factors: Factors) -> Split:
+        return chain.given_ranks(options, 1, len(factors[0]))
 
-    wide = [(i, k) for i, _ in splits(d_in) for k, _ in splits(d_out) if i * k >= width]
-    i, k = min(wide, key=lambda pair: (parameters(*pair), pair != spread, abs(pair[0] - spread[0])))
-    return (i, d_in // i), (k, d_out // k)
+    return chain.default_factors("btt", d_in, d_out, options, descending=True, ranks=ranks, cost=_parameters, widths=_widths)
 
 
-def _given(d_in: int, d_out: int, factors: Factors) -> Factors:
-    for what, size, split in (("d_in", d_in, factors[0]), ("d_out", d_out, factors[1])):
-        if len(split) != 2 or any(f < 1 for f in split):
-            raise StructureError(f"btt takes two positive factors of {what}, slowest first, got {split}")
-        if split[0] * split[1] < size:
-            raise StructureError(f"btt factors {split} of {what} make {split[0] * split[1]}, less than {size}")
-    return factors
+def from_monarch(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Monarch matrix whose blocks meet all of each other is a BTT with its rank; the blocks between parallel parts are zero."""
+    s = built.network.sizes
+    first, second = (cores[name].reshape([s[a] for a in built.network.term(name).axes]) for name in ("first", "second"))
+    parts = torch.eye(s["m"], dtype=first.dtype, device=first.device)
+    a = torch.einsum("kmpql,mn->kmpqln", first, parts).reshape(s["k"] * s["m"], s["p"], s["q"], s["l"] * s["m"])
+    c = torch.einsum("lmkqs,mn->lmknqs", second, parts).reshape(s["l"] * s["m"], s["k"] * s["m"], s["q"], s["s"])
+    return {"first": a, "second": c}
 
 
-register(Structure("btt", "block tensor train: blocks of independent low-rank matrices", build))
+def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every block of a matrix of rank r has rank r at most: one block."""
+    first, second = cores["first"], cores["second"]
+    (d_in, r), d_out = first.shape, second.shape[1]
+    return {"first": first.reshape(1, d_in, r, 1), "second": second.reshape(1, 1, r, d_out)}
+
+
+register(
+    Structure(
+        name="btt",
+        summary="block tensor train: blocks of independent low-rank matrices",
+        spec=spec,
+        factors=default_factors,
+        rank=lambda factors, options: 1,
+        takes=("rank", "factors", "cores"),
+        contains={"monarch": from_monarch, "low_rank": from_low_rank},
+    )
+)
+register(
+    Structure(
+        name="btt_norm",
+        summary="block tensor train whose cores are RMS-clamped, with learned gains",
+        spec=spec,
+        factors=default_factors,
+        rank=lambda factors, options: 1,
+        takes=("rank", "factors", "cores"),
+        clamped=True,
+    )
+)

@@ -1,0 +1,92 @@
+"""Structures of which each row uses a few values of the rank axis only: the gate, and running just the experts it chose."""
+
+import torch
+from torch import Tensor, nn
+
+from tn import tracing
+from tn.errors import StructureError
+from tn.network import Network, network
+from tn.program import compile
+from tn.structures.registry import Built, macs, positive
+
+_BALANCE = 0.1  # weight of the logits' size beside their balance, arXiv:2410.02117
+
+
+class Experts:
+    """How the rows of a layer are given to its experts; holds no parameters.
+
+    Args:
+        built: of a gated structure. axis: its expert axis. active: experts a row uses.
+    """
+
+    def __init__(self, built: Built, axis: str, active: int) -> None:
+        count = built.network.sizes[axis]
+        if not positive(active) or active > count:
+            raise StructureError(f"active is {active!r}, expected an integer from 1 to the {count} experts")
+        self.axis, self.active, self.count = axis, active, count
+        self.single = one_expert(built.network, axis)
+        self.run = compile(self.single)
+        self.gated = compile(_with_gate(built.network, axis))
+
+    def __call__(self, x: Tensor, gate: Tensor, cores: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x (rows, d_in) and weights of the gate (experts, at most d_in) → (result (rows, d_out), balance loss or None)."""
+        logits = x[:, : gate.shape[1]] @ gate.mT.to(x.dtype)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        top, chosen = logits.topk(self.active, dim=-1)
+        weights = top.softmax(-1)
+        seen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if seen or x.is_meta or not x.shape[0]:
+            # Which rows an expert gets depends on data; where there is none or it cannot be followed, all experts run, weighed by the gate.
+            whole = torch.zeros_like(logits).scatter(-1, chosen, weights)
+            result = self.gated(x, whole.to(x.dtype), *cores.values())
+        else:
+            result = self._dispatched(x, weights.to(x.dtype), chosen, cores)
+        return result, None if seen or not x.shape[0] else self._balance(logits, chosen)
+
+    def _dispatched(self, x: Tensor, weights: Tensor, chosen: Tensor, cores: dict[str, Tensor]) -> Tensor:
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
+        rows = order // self.active
+        places = {name: self.single.term(name).axes.index(self.axis) for name in cores}
+        parts = []
+        for expert, (part, size) in enumerate(zip(x[rows].split(counts), counts, strict=True)):
+            if size:
+                mine = (core.narrow(places[name], expert, 1) for name, core in cores.items())
+                parts.append(self.run(part, *mine))
+        weighed = torch.cat(parts) * weights.flatten()[order, None]
+        return weighed.new_zeros(len(x), weighed.shape[1]).index_add(0, rows, weighed)
+
+    def _balance(self, logits: Tensor, chosen: Tensor) -> Tensor:
+        """experts · ⟨share of probability, share of rows⟩ + 0.1 · mean logsumexp²."""
+        share = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(0) / self.active
+        return self.count * (logits.softmax(-1).mean(0) * share).sum() + _BALANCE * logits.logsumexp(-1).square().mean()
+
+    def record(self, what: str, result: Tensor, rows: int, parameters: int, gate: Tensor) -> None:
+        """Tell a trace what a row costs: the gate and the experts that it uses."""
+        work = 2 * rows * (self.active * macs(self.single) + gate.numel())
+        sizes = {**self.single.sizes, self.axis: self.active, "...": rows}
+        tracing.record(
+            "contraction", f"{what} ({self.active} of {self.count})", sizes=sizes, result=result, flops=work, parameters=parameters
+        )
+
+
+def one_expert(net: Network, axis: str) -> Network:
+    """The network with one value of the expert axis: what rates and starts go by."""
+    return network(net.spec, {**net.sizes, axis: 1}, cores=net.cores)
+
+
+def _with_gate(net: Network, axis: str) -> Network:
+    head, _, tail = str(net.spec).partition(", ")
+    return network(f"{head}, gate: ... {axis}, {tail}", net.sizes, cores=net.cores)
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """The mean balance loss of all gated layers in their last forward pass; add a small multiple (0.01) to the loss.
+
+    Raises:
+        StructureError: no gated layer that has run.
+    """
+    found = [module._balance for module in model.modules() if getattr(module, "_balance", None) is not None]
+    if not found:
+        raise StructureError("no gated layer (structure='btt_moe') of the model has run yet")
+    return torch.stack(found).mean()

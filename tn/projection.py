@@ -1,0 +1,185 @@
+"""The nearest structured matrix to a given one: closed forms where they exist, alternating least squares otherwise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tn import structures
+from tn.errors import ProjectionError
+from tn.linear import StructuredLinear
+from tn.projection_als import Fit
+from tn.projection_permute import search
+from tn.projection_svd import as_tensor, separable, split
+from tn.structures.budget import fit
+from tn.structures.registry import Built, Factors, Options, Rank
+
+_SWEEPS = 200
+_RIDGE = 1e-8  # of the mean of a Gram matrix's diagonal: inputs that never occur still count a little
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A structured matrix near a given one.
+
+    Attributes:
+        structure: its family. cores: by name, as the structure stores them. sizes: of the axes.
+        permutation: position → input, None for the order given. error: ‖W − A‖ / ‖W‖, both times the Gram root where one was given.
+        energy: 1 − error². built: the structure at these sizes. shape: of the weight.
+    """
+
+    structure: str
+    cores: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    permutation: Tensor | None
+    error: float
+    energy: float
+    built: Built
+    shape: tuple[int, int]
+
+    def layer(self, bias: Tensor | None = None) -> StructuredLinear:
+        """A StructuredLinear with this matrix."""
+        out_features, in_features = self.shape
+        sizes = {"in_features": in_features, "out_features": out_features}
+        return StructuredLinear.from_cores(self.structure, self.cores, bias=bias, permutation=self.permutation, **sizes)
+
+    def to_dense(self) -> Tensor:
+        """The matrix (out, in)."""
+        return self.layer().to_dense().detach()
+
+
+def project(
+    weight: Tensor,
+    *,
+    structure: str,
+    rank: Rank | None = None,
+    factors: Factors | str | None = None,
+    cores: int | None = None,
+    blocks: int | tuple[int, int] | None = None,
+    theta: str | tuple[float, ...] | None = None,
+    match: str | None = None,
+    budget: float | None = None,
+    gram: Tensor | None = None,
+    permute: bool = False,
+    start: Mapping[str, Tensor] | None = None,
+    sweeps: int = _SWEEPS,
+) -> Projection:
+    """The member of a structure nearest to a matrix, in the Frobenius norm or for given inputs.
+
+    Args:
+        weight: (out, in), floating, finite.
+        structure, rank, factors, cores, blocks, theta, match, budget: as in `tn.StructuredLinear`.
+        gram: (in, in) XᵀX of the inputs X (rows, in) the layer sees: then ‖X (W − A)ᵀ‖ is minimised instead, as SVD-LLM
+            (arXiv:2403.07378) does for low rank.
+        permute: also search for an order of the inputs that suits the blocks, for block_diagonal, monarch and two-core btt.
+        start: cores to improve, such as another projection's; None: a singular value decomposition, core after core.
+        sweeps: at most so many rounds of alternating least squares, where there is no closed form.
+
+    Returns:
+        A Projection; exact to rounding where the structure contains the matrix. Computed in float64, cores in the weight's dtype.
+
+    Raises:
+        ProjectionError: a weight or Gram matrix that cannot be used. StructureError: options that cannot be.
+
+    >>> import torch
+    >>> weight = torch.kron(torch.randn(4, 3), torch.randn(5, 6))
+    >>> project(weight, structure="kronecker", factors=((3, 6), (4, 5))).error < 1e-6
+    True
+    """
+    _check_weight(weight)
+    out_features, in_features = weight.shape
+    family = structures.get(structure)
+    options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
+    built = fit(family, in_features, out_features, options, match=match, budget=budget)
+    if family.gated:
+        raise ProjectionError(f"{structure} is no linear map: which matrix it applies depends on the input")
+    with torch.no_grad():
+        whole = weight.detach().to(torch.float64)
+        order = _order(whole, built) if permute else None
+        if order is not None:
+            whole, gram = whole[:, order], None if gram is None else gram[order][:, order]
+        white = None if gram is None else _root(gram, in_features, whole)
+        found = _nearest(built, family, whole, white, start, sweeps)
+        net = built.network
+        stored = {name: found[name].reshape(net.shape(name)).to(weight.dtype) for name in net.cores}
+        off = whole - _dense(built, stored)[:out_features, :in_features]
+        norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
+    error = norms[0] / norms[1] if norms[1] else norms[0]
+    return Projection(structure, stored, net.sizes, order, error, 1 - error**2, built, (out_features, in_features))
+
+
+def _order(weight: Tensor, built: Built) -> Tensor:
+    """A better order of the inputs; the padding stays at the end, where the layer puts it."""
+    rows, columns = built.d_out - weight.shape[0], built.d_in - weight.shape[1]
+    if columns:
+        raise ProjectionError(
+            f"permute needs inputs that factor without padding, {weight.shape[1]} is padded to {built.d_in}; give factors"
+        )
+    return search(torch.nn.functional.pad(weight, (0, 0, 0, rows)), built)
+
+
+def _nearest(
+    built: Built, family: structures.Structure, weight: Tensor, white: Tensor | None, start: Mapping[str, Tensor] | None, sweeps: int
+) -> dict[str, Tensor]:
+    """Cores with one dimension an axis."""
+    net = built.network
+    rows, columns = built.d_out - weight.shape[0], built.d_in - weight.shape[1]
+    padded = torch.nn.functional.pad(weight, (0, columns, 0, rows))
+    known = None
+    if (rows or columns) and not (white is None and separable(net)):
+        known = torch.nn.functional.pad(torch.ones_like(weight, dtype=torch.bool), (0, columns, 0, rows))
+    if white is not None and columns:
+        white = torch.block_diag(white, torch.eye(columns, dtype=white.dtype, device=white.device))
+    closed = white is None and len(net.cores) <= 2
+    if start is not None:
+        cores = {name: _given(built, start, name, weight) for name in net.cores}
+    elif family.start is not None and not closed:
+        cores = family.start(built, padded, white)
+    else:
+        cores = split(net, *as_tensor(net, padded))
+    if closed and known is None and start is None:
+        return cores
+    return Fit(net, padded, known, white).improve(cores, sweeps)
+
+
+def _given(built: Built, start: Mapping[str, Tensor], name: str, weight: Tensor) -> Tensor:
+    net = built.network
+    if name not in start or tuple(start[name].shape) != net.shape(name):
+        got = f"of shape {tuple(start[name].shape)}" if name in start else f"among {', '.join(start)}"
+        raise ProjectionError(f"start has core {name!r} {got}, expected shape {net.shape(name)}")
+    return start[name].detach().to(weight).reshape([net.sizes[axis] for axis in net.term(name).axes])
+
+
+def _dense(built: Built, cores: Mapping[str, Tensor]) -> Tensor:
+    layer = StructuredLinear.from_cores(built.structure, {name: core.to(torch.float64) for name, core in cores.items()})
+    return layer.to_dense().detach()
+
+
+def _check_weight(weight: object) -> None:
+    if not isinstance(weight, Tensor):
+        raise ProjectionError(f"weight is a {type(weight).__name__}, expected a torch.Tensor of shape (out, in)")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ProjectionError(f"weight has shape {tuple(weight.shape)}, expected a non-empty matrix (out, in)")
+    if not weight.is_floating_point():
+        raise ProjectionError(f"weight is {weight.dtype}, expected a real floating dtype")
+    if weight.is_meta:
+        raise ProjectionError("weight is on the meta device and has no values to project")
+    if not torch.isfinite(weight).all():
+        place = torch.nonzero(~torch.isfinite(weight))[0].tolist()
+        raise ProjectionError(f"weight is {weight[tuple(place)].item()} at {place}, expected finite numbers")
+
+
+def _root(gram: object, features: int, weight: Tensor) -> Tensor:
+    """L with L Lᵀ = gram, slightly ridged."""
+    if not isinstance(gram, Tensor) or gram.shape != (features, features):
+        shape = tuple(gram.shape) if isinstance(gram, Tensor) else type(gram).__name__
+        raise ProjectionError(f"gram is {shape}, expected the matrix ({features}, {features}) of inputs times inputs")
+    gram = gram.detach().to(weight)
+    if not torch.isfinite(gram).all():
+        raise ProjectionError("gram has numbers that are not finite")
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    mean = float(values.clamp(min=0).mean())
+    if mean <= 0 or float(values[0]) < -1e-4 * float(values[-1]):
+        raise ProjectionError(f"gram has eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}, expected XᵀX of some inputs X")
+    return vectors * (values.clamp(min=0) + _RIDGE * mean).sqrt()

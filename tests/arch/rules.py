@@ -18,7 +18,7 @@ ARROWS = {
     "tn": ("tn",),
     "zoo": ("zoo", "tn"),
     "train": ("train", "zoo", "tn"),
-    "bench": ("bench", "train", "zoo", "tn"),
+    "bench": ("bench", "train", "zoo", "tn", "tn_kernels"),
     "tn_kernels": ("tn_kernels", "tn.operators"),
 }
 

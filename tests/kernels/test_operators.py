@@ -1,0 +1,155 @@
+"""The registry: offers, refusals and their reasons."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.oracle import DEVICE
+from tn import operators
+from tn.errors import OperatorError
+from tn.operators import Layout, Offer, Refusal, Region, attempt, offers, register, require
+
+SIZES = dict(b=6, i=3, j=4, r=2, k=5, l=7)
+
+
+def region(spec, out, sizes=SIZES, dtype=torch.float32, orders=None, device=DEVICE):
+    terms = [term.split() for term in spec.split(",")]
+    layouts = []
+    for term, order in zip(terms, orders or terms, strict=True):
+        dense = dict(zip(order, Layout.dense(order, sizes).strides, strict=True))
+        layouts.append(Layout(tuple(term), tuple(dense[axis] for axis in term)))
+    axes = dict.fromkeys(axis for term in terms for axis in term)
+    known = tuple((axis, sizes[axis]) for axis in axes)
+    return Region("contraction", tuple(layouts), tuple(out.split()), known, dtype, device)
+
+
+def answer(name, region):
+    (found,) = [answer for answer in offers(region) if answer.operator == name]
+    return found
+
+
+def tensors_of(region):
+    """Random tensors with the strides the region tells."""
+    found = []
+    for layout in region.operands:
+        shape = [region.size[axis] for axis in layout.axes]
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, layout.strides, strict=True))
+        found.append(torch.randn(span, dtype=torch.float64, device=DEVICE).to(region.dtype).as_strided(shape, layout.strides))
+    return found
+
+
+def exact(region, tensors):
+    letter = {axis: chr(97 + place) for place, axis in enumerate(region.size)}
+    terms = ["".join(letter[axis] for axis in layout.axes) for layout in region.operands]
+    return torch.einsum(",".join(terms) + "->" + "".join(letter[axis] for axis in region.out), *(t.double() for t in tensors))
+
+
+CHAINS = {
+    "btt": region("b i j, i j r k, k i r l", "b k l"),
+    "monarch": region("b i j, i r k j, k l i r", "b k l"),
+    "tensor train": region("b i j, j r k, i r l", "b k l"),
+    "low rank": region("b j, j r, r l", "b l"),
+    "operands in another order": region("i j r k, b i j, k i r l", "b k l"),
+    "merged axes": region("b i j, i j r k, r k l", "b l"),
+    "stored batch last": region("b i j, i j r k, k i r l", "b k l", orders=["i j b".split(), "r j i k".split(), "l r i k".split()]),
+    "sizes of one": region("b i j, i j r k, k i r l", "b k l", dict(b=1, i=1, j=4, r=1, k=5, l=1)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chain_offers(name):
+    case = CHAINS[name]
+    offer, tensors = answer("chain", case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    got, want = offer.run(*tensors), exact(case, tensors)
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "two tensors": (region("b j, j k", "b k"), "chain", "takes a contraction of three tensors, this is a contraction of 2"),
+    "wrong order": (
+        region("b i j, i j r k, k i r l", "b l k"),
+        "chain",
+        "the result is wanted in the order b l k, the kernel writes b k l",
+    ),
+    "double": (region("b j, j r, r l", "b l", dtype=torch.float64), "chain", "dtype float64; it computes in float32, float16"),
+    "batch": (region("b i j, i b r k, k i r l", "b k l"), "chain", "axis b is on x A y"),
+    "rank": (region("b j, j r, r l", "b l", {**SIZES, "r": 200}), "chain", "rank 200; the intermediate stays in registers up to rank 128"),
+    "split rows": (
+        region("b i j, j r, r l", "b i l", orders=["i j b".split(), ["j", "r"], ["r", "l"]]),
+        "chain",
+        "axes i b are not one dimension of operand 0 (strides (1, 24, 6) of b i j)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name):
+    case, operator, reason = REFUSED[name]
+    refusal = answer(operator, case)
+    assert isinstance(refusal, Refusal)
+    assert reason in refusal.reason
+    assert str(refusal).startswith(f"{operator}: ")
+
+
+def test_offers_come_first_and_require_takes_one():
+    found = offers(CHAINS["btt"])
+    assert isinstance(found[0], Offer)
+    assert [isinstance(answer, Refusal) for answer in found] == sorted(isinstance(answer, Refusal) for answer in found)
+    assert require(CHAINS["btt"]).operator == found[0].operator
+
+
+def test_require_raises_with_every_reason():
+    case = REFUSED["double"][0]
+    with pytest.raises(OperatorError, match="no operator can run this contraction:\n") as raised:
+        require(case)
+    assert all(str(answer) in str(raised.value) for answer in offers(case))
+
+
+def test_where_no_operator_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (refusal,) = offers(region("b j, j r, r l", "b l", device="cpu"))
+    assert str(refusal) == "triton: runs on CUDA, or on a CPU in its interpreter; the tensors are on cpu"
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(OperatorError, match="operator 'chain' is registered already"):
+        register("chain", lambda region: Refusal("chain", "no"))
+
+
+def test_what_fails_becomes_a_refusal_and_operands_stay():
+    def fails(x):
+        x.zero_()
+        raise OperatorError("out of resource: shared memory")
+
+    x = torch.ones(3, device=DEVICE)
+    refusal = attempt(Offer("broken", fails, ""), [x])
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "does not run here: out of resource: shared memory"
+    assert x.sum() == 3
+    works = Offer("works", lambda x: x + 1, "")
+    assert attempt(works, [x]) is works
+
+
+def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
+    monkeypatch.setattr(operators, "PACKAGE", "tn_kernels_missing")
+    operators._load.cache_clear()
+    try:
+        (refusal,) = offers(CHAINS["btt"])
+    finally:
+        operators._load.cache_clear()
+    assert "cannot be imported: No module named 'tn_kernels_missing'" in refusal.reason
+
+
+def test_asking_about_a_cpu_loads_no_compiler(environment_without_interpreter):
+    code = (
+        "import torch, sys; before = set(sys.modules)\n"
+        "from tn.operators import Layout, Region, offers\n"
+        "offers(Region('contraction', (Layout(('i',), (1,)),), (), (('i', 2),), torch.float32, 'cpu'))\n"
+        "print(sorted({'triton', 'tn_kernels'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment_without_interpreter)
+    assert done.stdout.strip() == "[]", done.stderr

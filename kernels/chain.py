@@ -314,12 +314,13 @@ def ask(region: Region) -> Offer | Refusal:
     for places in itertools.permutations(range(3)):
         try:
             roles = _roles([region.operands[place] for place in places], region)
-            found.append((math.prod(size[axis] for axis in roles["n"]), places, roles))
+            rows_first = set(region.out[: len(roles["n"])]) == set(roles["n"])
+            found.append((rows_first, math.prod(size[axis] for axis in roles["n"]), places, roles))
         except Unfit as unfit:
             reason = reason or str(unfit)
     if not found:
         return Refusal("chain", reason)
-    _, places, roles = max(found, key=lambda candidate: candidate[0])  # rows are what there is most of
+    *_, places, roles = max(found, key=lambda candidate: candidate[:2])  # a chain can be read backwards; rows are what there is most of
     tensors = [region.operands[place] for place in places]
     try:
         check_dtype(region, DTYPES)

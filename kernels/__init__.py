@@ -3,6 +3,9 @@
 Importing the package registers them with `tn.operators`.
 """
 
+from tn_kernels.batch_reduced_gemm import batch_reduced_gemm
 from tn_kernels.chain import chain
+from tn_kernels.gated import gated
+from tn_kernels.strided_gemm import strided_gemm
 
-__all__ = ["chain"]
+__all__ = ["batch_reduced_gemm", "chain", "gated", "strided_gemm"]

@@ -96,8 +96,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """WHOLE: all of i is one piece, so z is made once and l is walked over; otherwise l is cut by the grid and i is walked over."""
     # Groups of k are neighbours in the grid, so that the rows they share are still in L2.
-    i_k = tl.program_id(0)
-    o_n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    groups = tl.cdiv(K, BK)
+    i_k = tl.program_id(0) % groups
+    o_n = (tl.program_id(0) // groups).to(tl.int64) * BN + tl.arange(0, BN)
     if WHOLE:
         z = _intermediate(
             x_ptr, a_ptr, o_n, tl.arange(0, BI), i_k, N, I, J, R, K, s_xn, s_xi, s_xj, s_ai, s_aj, s_ar, s_ak,
@@ -109,7 +110,7 @@ def _forward_kernel(
             b_c = _second(c_ptr, 0, i_k, o_l, I, R, K, L, s_ck, s_ci, s_cr, s_cl, BI, BR, BK)
             _store(y_ptr, tl.dot(b_z, b_c, input_precision=PRECISION), o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, BK)
     else:
-        o_l = tl.program_id(2) * BL + tl.arange(0, BL)
+        o_l = tl.program_id(1) * BL + tl.arange(0, BL)
         total = tl.zeros((BK, BN, BL), tl.float32)
         for i in range(0, I, BI):
             z = _intermediate(
@@ -224,7 +225,7 @@ def _run(x: Tensor, a: Tensor, c: Tensor, y: Tensor) -> Tensor:
         return y.zero_()
     cut = _cut("chain", x, sizes)
     whole = sizes["i"] <= cut["BI"]
-    grid = (ceil_div(sizes["k"], cut["BK"]), ceil_div(sizes["n"], cut["BN"]), 1 if whole else ceil_div(sizes["l"], cut["BL"]))
+    grid = (ceil_div(sizes["k"], cut["BK"]) * ceil_div(sizes["n"], cut["BN"]), 1 if whole else ceil_div(sizes["l"], cut["BL"]))
     launch(
         _forward_kernel, grid, x, a, c, y, *sizes.values(), *x.stride(), *a.stride(), *c.stride(), y.stride(0), y.stride(1), y.stride(2),
         cut=cut, WHOLE=whole, PRECISION=precision(x),

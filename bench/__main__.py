@@ -3,11 +3,11 @@
 import sys
 
 import tn
-from bench import execution, flops, throughput
+from bench import execution, flops, kernels, throughput
 from tn.errors import unknown
 from zoo.pipes import quiet_pipe
 
-BENCHES = {"execution": execution, "flops": flops, "throughput": throughput}
+BENCHES = {"execution": execution, "flops": flops, "kernels": kernels, "throughput": throughput}
 
 
 def main(arguments: list[str]) -> int:

@@ -58,13 +58,18 @@ _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("t
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
-    """Launches inside the block are not run but added to the list, so operands may be on the meta device."""
+    """Launches inside the block are not run but added to the list, forward and backward, so operands may be on the meta device."""
     calls: list[Call] = []
     token = _recorded.set(calls)
     try:
         yield calls
     finally:
         _recorded.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _recorded.get() is not None
 
 
 def runs_here(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op, infer_schema
 
 from tn.operators import transforming
-from tn_kernels.launch import runs_here
+from tn_kernels.launch import is_recording, runs_here
 
 
 class Operator:
@@ -54,9 +54,19 @@ class Operator:
             self._backward_op.register_fake(_gradient_shapes)
 
     def __call__(self, *arguments: Any) -> Any:
+        if is_recording():
+            return self._record(*arguments)
         if not torch.compiler.is_compiling() and transforming():
             return self.reference(*arguments)
         return self.op(*arguments)
+
+    def _record(self, *arguments: Any) -> Any:
+        """Launch what a forward and a whole backward pass would launch."""
+        made = self.forward(*arguments)
+        results = made if isinstance(made, tuple) else (made,)
+        if self.backward is not None:
+            self.backward(torch.empty_like(results[0]), list(arguments), list(results), [True] * len(_tensors(arguments)))
+        return made
 
     def _differentiate(self, ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all arguments. Further results, such as a logarithm of a sum, are constants to whoever uses them."""

@@ -36,10 +36,14 @@ def _rows(ptr, o_s, o_d, S, D, s_s, s_d):
 
 
 @triton.jit
-def _visible(o_q, o_k, T, window, sink):
-    """Which keys (columns) the positions (rows) see."""
-    ahead = o_q[:, None] - o_k[None, :]
-    return (ahead >= 0) & ((ahead <= window) | (o_k < sink)[None, :]) & (o_k < T)[None, :]
+def _visible(o_q, o_k, T, window, sink, TURNED: tl.constexpr):
+    """Which keys the positions see: (positions, keys), TURNED (keys, positions)."""
+    if TURNED:
+        o_q, o_k = o_q[None, :], o_k[:, None]
+    else:
+        o_q, o_k = o_q[:, None], o_k[None, :]
+    ahead = o_q - o_k
+    return (ahead >= 0) & ((ahead <= window) | (o_k < sink)) & (o_k < T)
 
 
 @triton.jit
@@ -69,7 +73,7 @@ def _forward_kernel(
         o_n = tl.where(i < before, i, start + i - before) * BN + tl.arange(0, BN)
         b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
         a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        a = tl.where(_visible(o_m + (T - S), o_n, T, window, sink), a, float("-inf"))
+        a = tl.where(_visible(o_m + (T - S), o_n, T, window, sink, False), a, float("-inf"))
         peak = tl.maximum(top, tl.max(a, 1))
         # A row that has seen nothing yet keeps its maximum at −∞: subtract 0 there, not −∞ from itself.
         base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -106,7 +110,7 @@ def _query_kernel(
         o_n = tl.where(i < before, i, start + i - before) * BN + tl.arange(0, BN)
         b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
         a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        p = tl.where(_visible(o_m + (T - S), o_n, T, window, sink), tl.exp2(a - b_l[:, None]), 0.0)
+        p = tl.where(_visible(o_m + (T - S), o_n, T, window, sink, False), tl.exp2(a - b_l[:, None]), 0.0)
         dp = tl.dot(b_g, tl.trans(_rows(p_v, o_n, o_e, T, E, s_vs, s_ve)), input_precision=PRECISION)
         dq = tl.dot((p * (dp - b_e[:, None])).to(b_k.dtype), b_k, dq, input_precision=PRECISION)
     p_d = dq_ptr + i_b * s_db + i_h * s_dh + o_m[:, None] * s_ds + o_d[None, :]
@@ -142,12 +146,13 @@ def _key_kernel(
             b_g = _rows(g_ptr + i_b * s_gb + i_h * s_gh, o_m, o_e, S, E, s_gs, s_ge)
             b_l = tl.load(l_ptr + (i_b * H + i_h) * S + o_m, mask=o_m < S, other=0.0) * LOG2E
             b_e = tl.load(e_ptr + (i_b * H + i_h) * S + o_m, mask=o_m < S, other=0.0)
-            a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-            see = _visible(o_m + (T - S), o_n, T, window, sink) & (o_m < S)[:, None]
-            p = tl.where(see, tl.exp2(a - b_l[:, None]), 0.0)
-            dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
-            dv = tl.dot(tl.trans(p.to(b_g.dtype)), b_g, dv, input_precision=PRECISION)
-            dk = tl.dot(tl.trans((p * (dp - b_e[:, None])).to(b_q.dtype)), b_q, dk, input_precision=PRECISION)
+            # Keys as rows from the start: turning the weights round costs registers that then spill.
+            a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E)
+            see = _visible(o_m + (T - S), o_n, T, window, sink, True) & (o_m < S)[None, :]
+            p = tl.where(see, tl.exp2(a - b_l[None, :]), 0.0)
+            dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
+            dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+            dk = tl.dot((p * (dp - b_e[None, :])).to(b_q.dtype), b_q, dk, input_precision=PRECISION)
     m_n = (o_n < keys)[:, None]
     p_dk = dk_ptr + part * s_dp + i_b * s_db + i_g * s_dh + o_n[:, None] * s_ds + o_d[None, :]
     tl.store(p_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=m_n & (o_d < D)[None, :])

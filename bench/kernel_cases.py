@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 import tn
 import tn_kernels
+from tn_kernels.squared_attention import CHUNK
+from tn_kernels.squared_attention import flops as attention_flops
 
 Shapes = Mapping[str, tuple[int, ...]]
 Function = Callable[..., Tensor]
@@ -80,7 +82,8 @@ def _btt(width: int, rank: int, rows: int) -> Case:
 
 @functools.cache
 def _program(side: int, rank: int, rows: int) -> tn.Program:
-    network = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=side, j=side, r=rank, k=side, l=side), cores=("a", "c"))
+    sizes = dict(i=side, j=side, r=rank, k=side, l=side)
+    network = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", sizes, cores=("a", "c"))
     return tn.compile(tn.plan(network, grad=network.names, rows=rows, device="cuda", dtype=torch.bfloat16))
 
 
@@ -150,7 +153,7 @@ def _squared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _heads(b: int, h: int, t: int, d: int) -> Shapes:
-    return {name: (b, h, t, d) for name in "qkv"}
+    return dict.fromkeys("qkv", (b, h, t, d))
 
 
 def _pairs(shapes: Shapes, window: int | None = None) -> int:
@@ -167,15 +170,15 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attention(form: str) -> Case:
     size = (4, 16, 4096, 64) if form == "quadratic" else (1, 16, 16384, 32)
-    run = tn_kernels.squared_attention if form == "quadratic" else tn_kernels.chunked
+    run, chunk = (tn_kernels.squared_attention, None) if form == "quadratic" else (tn_kernels.chunked, CHUNK)
     return Case(
         kernel="squared_attention" if form == "quadratic" else "chunked",
         name=f"causal {form}, T = {size[2]}, {size[1]} heads of {size[3]}",
-        run=run if form == "quadratic" else lambda q, k, v: tn_kernels.chunked(q, k, v, chunk=16 if q.shape[2] < 256 else 128),
+        run=run if chunk is None else lambda q, k, v: tn_kernels.chunked(q, k, v, chunk=16 if q.shape[2] < CHUNK else CHUNK),
         torch=_squared,
         shapes=_heads(*size),
         small=_heads(1, 2, 37, 8),
-        flops=lambda shapes: 4 * _pairs(shapes) * shapes["q"][3],
+        flops=lambda shapes: attention_flops(*(torch.empty(shape, device="meta") for shape in shapes.values()), chunk=chunk),
         moved=lambda shapes: 4 * math.prod(shapes["q"]),
         peers={"SDPA FLASH_ATTENTION": _flash},
     )

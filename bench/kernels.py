@@ -1,11 +1,12 @@
 """python -m bench kernels: each Triton kernel: correctness, what it takes from a GPU, and its time beside torch's.
 
-First every kernel is compared with float64, forward and every gradient; without a GPU in Triton's interpreter, at small sizes, and a kernel
-that is wrong stops the bench. Then each is compiled for compute capability 9.0 at the size that matters, which needs no GPU, and the assembler's
-account of it printed. Times, and fractions of the rates measured in the same minute, need a GPU; without one their columns say so.
+First every kernel is compared with float64, forward and every gradient; without a GPU in Triton's interpreter, at small sizes. A kernel
+that is wrong stops the bench. Then each is compiled for compute capability 9.0 at the size that matters, which needs no GPU, and the
+assembler's account of it printed. Times, and fractions of the rates measured in the same minute, need a GPU; without one their columns
+say so.
 """
 
-import math
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = "not measured"
 CAPABILITY = 90
-# Of the norm of a result or gradient, in units of round-off: sums are taken in fp32, what is left are a few roundings to the dtype, and in fp32
-# the sums themselves.
+# Of the norm of a result or gradient, in units of round-off: sums are taken in fp32, what is left are a few roundings to the dtype, and in
+# fp32 the sums themselves.
 ROUNDINGS = 16
 
 Run = Callable[[], object]
@@ -111,8 +112,11 @@ def timed(case: "Case", peak: float, bandwidth: float, rounds: int) -> list[Row]
     for name, rival in rivals.items():
         try:
             runs[name] = passes(rival, operands, case.trained)
-        except torch.OutOfMemoryError:
-            continue  # a path that stores every score
+            for once in runs[name].values():
+                once()
+        except RuntimeError as error:  # such as a path that stores every score and runs out of memory; a kernel that fails is an error
+            runs.pop(name, None)
+            print(f"{case.kernel}: {name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
     found = []
     for what in runs["kernel"]:
         factor = 1 if what == "forward" else 3
@@ -187,18 +191,17 @@ def main(arguments: list[str]) -> int:
 def _report(cases: "list[Case]", rounds: int, tune: bool, out: Path) -> int:
     console, found = wide_console(), []
     table = Table(title=f"compiled for compute capability {CAPABILITY / 10}, bf16, not run", title_justify="left", pad_edge=False)
-    for heading in ("case", "kernel", "grid", "blocks", "warps", "registers", "stack", "shared", "a multiprocessor holds", "instructions"):
-        table.add_column(heading, justify="left" if heading in ("case", "kernel", "blocks", "instructions") else "right")
+    for heading in ("kernel", "grid", "blocks", "warps", "registers", "stack", "shared", "per SM", "products"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "blocks", "products") else "right")
     for case in cases:
         used = resources(case)
         found += _resource_rows(case, used)
+        table.add_row(f"[bold]{case.kernel}[/]: {case.name}")
         for grid, blocks, one in used:
             cut = " ".join(f"{name}{extent}" for name, extent in blocks.items())
-            shared, size = f"{one.shared / 1024:.0f} KiB", " × ".join(map(str, grid))
-            table.add_row(
-                f"{case.kernel}: {case.name}", one.kernel, size, cut, str(one.warps), str(one.registers), f"{one.stack} B", shared,
-                str(one.programs), one.instructions,
-            )  # fmt: skip
+            shared, size = f"{one.shared / 1024:.0f} KiB", "×".join(map(str, grid))
+            numbers = (str(one.warps), str(one.registers), f"{one.stack} B", shared, str(one.programs), one.instructions)
+            table.add_row(f"  {one.kernel}", size, cut, *numbers)
     console.print(table)
     found += _times(cases, rounds, tune, console.print) if torch.cuda.is_available() else _untimed(cases, console.print)
     append([row for row in found if row.seconds is not None or row.settings.get("registers")], out)
@@ -235,14 +238,17 @@ def _untimed(cases: "list[Case]", show: Callable[[Table], None]) -> list[Row]:
 
 def _time_table(title: str, rows: list[Row]) -> Table:
     table = Table(title=title, title_justify="left", pad_edge=False)
-    for heading in ("case", "pass", "GFLOP", "MB", "median", "of the roofline", "against", "times faster"):
-        table.add_column(heading, justify="left" if heading in ("case", "pass", "against") else "right")
-    for row in rows:
-        measured = row.seconds is not None and row.ratio is not None
-        fraction = row.settings.get("fraction of the measured roofline", math.nan)
-        table.add_row(
-            row.case, row.what, f"{row.flops / 1e9:,.1f}", f"{row.bytes / 1e6:,.0f}",
-            f"{row.seconds * 1e3:.3f} ms" if row.seconds else NOT_MEASURED, f"{fraction:.0%}" if measured else NOT_MEASURED,
-            row.peer, f"{row.ratio:.2f}" if row.ratio else NOT_MEASURED,
-        )  # fmt: skip
+    for heading in ("kernel", "GFLOP", "MB", "median", "of the roofline", "times faster than"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "times faster than") else "right")
+    for name, of_case in itertools.groupby(rows, lambda row: row.case):
+        kernel, _, case = name.partition(": ")
+        table.add_row(f"[bold]{kernel}[/]: {case}")
+        for what, group in itertools.groupby(of_case, lambda row: row.what):
+            same = list(group)
+            first = same[0]
+            ratios = "\n".join(f"{row.peer}: {f'{row.ratio:.2f}' if row.ratio else NOT_MEASURED}" for row in same)
+            fraction = first.settings.get("fraction of the measured roofline")
+            median = f"{first.seconds * 1e3:.3f} ms" if first.seconds else NOT_MEASURED
+            share = f"{fraction:.0%}" if isinstance(fraction, float) else NOT_MEASURED
+            table.add_row(f"  {what}", f"{first.flops / 1e9:,.1f}", f"{first.bytes / 1e6:,.0f}", median, share, ratios)
     return table

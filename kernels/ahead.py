@@ -30,7 +30,8 @@ class Resources:
 
     Attributes:
         kernel: its name. registers: of a thread, at most 255. stack: bytes a thread keeps in memory, among them what spilled.
-        shared: bytes of shared memory. warps: of a program. programs: how many fit one multiprocessor at once, by registers and shared memory.
+        shared: bytes of shared memory. warps: of a program. programs: how many fit one multiprocessor at once, by registers and
+            shared memory.
         instructions: tensor-core instructions it issues, "wgmma", "mma" or "none".
     """
 

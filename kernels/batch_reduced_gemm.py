@@ -105,8 +105,9 @@ def forward(a: Tensor, b: Tensor, deterministic: bool) -> Tensor:
         made = a.new_zeros(1, m, n, dtype=torch.float32)
     else:
         made = a.new_empty(parts, m, n, dtype=a.dtype if parts == 1 else torch.float32)
+    s_part = 0 if atomic else made.stride(0)
     launch(
-        _kernel, (blocks, parts), a, b, made, batch, m, n, k, split, *a.stride(), *b.stride(), 0 if atomic else made.stride(0), made.stride(1),
+        _kernel, (blocks, parts), a, b, made, batch, m, n, k, split, *a.stride(), *b.stride(), s_part, made.stride(1),
         cut=cut, FOLD=fold, ATOMIC=atomic, PRECISION=precision(a),
     )  # fmt: skip
     return made[0].to(a.dtype) if made.shape[0] == 1 else made.sum(0).to(a.dtype)

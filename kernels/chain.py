@@ -14,8 +14,8 @@ cache. The accumulator, BK · BN · L fp32 numbers, fills the registers, so at w
 small: with BN = 32, BK = 16 a pass over 16k rows reads 0.27 GB once and about 1.1 GB from L2 at rank 1. At width 1024 (32 each) one
 program holds all k and x is read once.
 
-Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with the
-roles of x, A and g, C exchanged.
+Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with
+the roles of x, A and g, C exchanged.
 """
 
 import dataclasses
@@ -175,7 +175,9 @@ def _held(cut: Config, weight: bool) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _space(known: Sizes, weight: bool, width: int) -> tuple[Config, ...]:
-    """Every sensible way to cut that fits; `width` is bytes of an element. tl.dot wants 16 of everything: ranks are padded, i and k grouped."""
+    """Every sensible way to cut that fits; `width` is bytes of an element.
+
+    tl.dot wants 16 of everything: ranks are padded to a power of two, i and k are grouped."""
     sizes = dict(known)
     rank, found = block(sizes["r"], 1), []
     least = max(16 // rank, 1)
@@ -202,8 +204,8 @@ def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
         again_k, again_l = ceil_div(k, cut["BK"]), ceil_div(l, cut["BL"])
         if weight:
             return again_k * again_l * n * i * j + ceil_div(i, cut["BI"]) * n * k * l
-        whole = i <= cut["BI"]
-        return again_k * (1 if whole else again_l) * n * i * j + ceil_div(n, cut["BN"]) * (i * j * r * k * (1 if whole else again_l) + k * i * r * l)
+        again = 1 if i <= cut["BI"] else again_l
+        return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
 
     # By the assembler's account for compute capability 9.0, 16 Ki accumulators over eight warps do not spill; 32 Ki do.
     calm = [cut for cut in _space(known, weight, width) if _held(cut, weight) <= 1 << 14] or _space(known, weight, width)

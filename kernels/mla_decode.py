@@ -3,11 +3,12 @@
     a[b, s, h, t] = scale (Σ_c q[b, s, h, c] latent[b, t, c] + Σ_r qr[b, s, h, r] rope[b, t, r])
     o[b, s, h, c] = Σ_t softmax_t(a | t ≤ length − S + s)[b, s, h, t] latent[b, t, c]
 
-q is the query after W_UK has been absorbed, o is what W_UV takes (DeepSeek-V2, arXiv:2405.04434): keys and values are the same numbers, c + r
-of them a token, read once. The S queries are the last positions of each sequence's `length` tokens; a query that sees nothing gives 0.
+q is the query after W_UK has been absorbed, o is what W_UV takes (DeepSeek-V2, arXiv:2405.04434): keys and values are the same numbers,
+c + r of them a token, read once. The S queries are the last positions of each sequence's `length` tokens; one that sees nothing gives 0.
 
-The cache of a sequence is cut into parts, one program each for up to 16 rows of (s, h), because a single sequence's heads cannot fill a device;
-a second kernel joins the parts by their maxima and sums. Bytes: B T (c + r) of the cache; the parts' results are B · parts · S H c fp32.
+The cache of a sequence is cut into parts, one program each for up to 16 rows of (s, h), because a single sequence's heads cannot fill a
+device; a second kernel joins the parts by their maxima and sums. It reads B T (c + r) elements of the cache, and writes and reads
+B · parts · S H c numbers in fp32 between the kernels.
 """
 
 import torch
@@ -75,11 +76,11 @@ def _join_kernel(
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BC)
     top = tl.full((), float("-inf"), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         top = tl.maximum(top, tl.load(l_ptr + part * rows + i_m))
     base = tl.where(top == float("-inf"), 0.0, top)
     total, below = tl.zeros((BC,), tl.float32), tl.zeros((), tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         weight = tl.exp2(tl.load(l_ptr + part * rows + i_m) - base)
         below += weight
         total += weight * tl.load(o_ptr + (part * rows + i_m) * C + o_c, mask=o_c < C, other=0.0)
@@ -94,7 +95,8 @@ def _check(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor)
     if not fits or latent.shape[:2] != rope.shape[:2] or q.shape[::3] != latent.shape[::2] or qr.shape[3] != rope.shape[2]:
         raise OperatorError(f"{given}: expected (b s h c), (b s h r), (b t c), (b t r)")
     if lengths.shape != q.shape[:1] or lengths.is_floating_point():
-        raise OperatorError(f"lengths {lengths.dtype} {tuple(lengths.shape)}: expected {q.shape[0]} integers, the filled tokens of each sequence")
+        wanted = f"expected {q.shape[0]} integers, the filled tokens of each sequence"
+        raise OperatorError(f"lengths {lengths.dtype} {tuple(lengths.shape)}: {wanted}")
     if len({tensor.dtype for tensor in (q, qr, latent, rope)}) > 1:
         raise OperatorError(f"mla_decode of {q.dtype}, {qr.dtype}, {latent.dtype} and {rope.dtype}: expected one dtype")
     if q.shape[3] > MOST_LATENT or qr.shape[3] > MOST_ROPE:
@@ -102,7 +104,7 @@ def _check(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor)
 
 
 def forward(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernels: q (b, s, h, c), qr (b, s, h, r), latent (b, t, c), rope (b, t, r), lengths (b) → o like q, logs of denominators (b, s, h)."""
+    """The kernels: q (b s h c), qr (b s h r), latent (b t c), rope (b t r), lengths (b) → o (b s h c), logs of denominators (b s h)."""
     _check(q, qr, latent, rope, lengths)
     y, denominators = shapes(q, qr, latent, rope, lengths, scale)
     (b, s, h, c), (t, r) = q.shape, (latent.shape[1], rope.shape[2])
@@ -129,7 +131,8 @@ def forward(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor
         *q.stride(), *qr.stride(), *latent.stride(), *rope.stride(),
         cut=cut, BC=block(c, 16, MOST_LATENT), BR=block(r, 16, MOST_ROPE), PRECISION=precision(q),
     )  # fmt: skip
-    join = tuning.cut("mla_decode_join", q, {"c": c}, lambda: config(warps=4, stages=1), lambda: [config(warps=w, stages=1) for w in (1, 4)])
+    joins = [config(warps=warps, stages=1) for warps in (4, 1)]
+    join = tuning.cut("mla_decode_join", q, {"c": c}, lambda: joins[0], lambda: joins)
     launch(_join_kernel, (rows,), made, logs, y, denominators, c, parts, rows, cut=join, BC=block(c, 16, MOST_LATENT))
     return y, denominators
 
@@ -154,9 +157,7 @@ def shapes(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor,
 _operator = Operator("mla_decode", forward=forward, reference=reference, shapes=shapes)
 
 
-def mla_decode(
-    q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor | None = None, *, scale: float
-) -> Tensor:
+def mla_decode(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor | None = None, *, scale: float) -> Tensor:
     """Absorbed latent attention of the last S positions of each sequence over its cache.
 
     Args:

@@ -62,7 +62,7 @@ def _read_kernel(
     p_y = y_ptr + i_p * s_yp + o_t[:, None] * s_yt + o_b[None, :] * s_yb
     b_y = tl.load(p_y, mask=m_t[:, None] & (o_b < B)[None, :], other=0.0).to(tl.float32)
     total = tl.zeros((BT, BC), tl.float32)
-    for a in range(0, A):
+    for a in range(A):
         b_x = tl.load(p_x + a * s_xa, mask=m_t, other=0.0).to(tl.float32)
         b_s = tl.load(p_s + a * s_sa, mask=m_s, other=0.0)
         total = tl.dot((b_x[:, None] * b_y).to(b_s.dtype), b_s, total, input_precision=PRECISION)

@@ -1,7 +1,7 @@
 """squared_attention: y_i = Σ_j allow(i, j) (s q_i·k_j) (s q'_i·k'_j) v_j: attention without softmax, exact polynomials of its inputs.
 
-q' = q, k' = k gives the squared pattern, weights (q·k / d)²; another pair q', k' the bilinear one, whose weights may be negative. No number of
-order queries × keys is stored. Nothing is normalised, so blocks of keys are simply added.
+q' = q, k' = k gives the squared pattern, weights (q·k / d)²; another pair q', k' the bilinear one, with weights of either sign. Nothing of
+the size queries × keys is stored. Nothing is normalised, so blocks of keys are simply added.
 
     p = s² a b,  a = q·k, b = q'·k'        dv_j = Σ_i p_ij g_i        da = s² b (g·v), db = s² a (g·v)
     dq_i = Σ_j da_ij k_j                   dk_j = Σ_i da_ij q_i       (q', k' with db; for one pair the two add)
@@ -134,7 +134,7 @@ def _key_kernel(
         b_k2 = _rows(k2_ptr + i_b * s_k2b + i_g * s_k2h, o_n, o_d, T, D, s_k2s, s_k2d)
         dk2 = tl.zeros((BN, BD), tl.float32)
     begin = tl.maximum(i_n - (T - S), 0) // BM * BM if CAUSAL else 0
-    for head in range(0, H // G):
+    for head in range(H // G):
         i_h = i_g * (H // G) + head
         for m in range(begin, S, BM):
             o_m = m + tl.arange(0, BM)
@@ -319,7 +319,7 @@ def chunked(
     """`squared_attention`, causal, in time linear in the sequence: inside a chunk as it stands, before it through a state of d·d·e numbers.
 
     Args:
-        as `squared_attention`, with as many queries as keys. chunk: tokens whose pattern is made; their number need not divide the sequence.
+        as `squared_attention`, with as many queries as keys. chunk: tokens whose pattern is made; it need not divide the sequence.
 
     Returns:
         (b, heads, queries, e). The state is kept in the operands' dtype and grows with the sequence: fp16 overflows where the sums do.

@@ -111,9 +111,7 @@ def _result(a: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
     return memory.permute([list(order).index(place) for place in range(8)])
 
 
-def forward(
-    a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None, scale: float, activation: str, order: Sequence[int]
-) -> Tensor:
+def forward(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None, scale: float, activation: str, order: Sequence[int]) -> Tensor:
     """The kernel: a (h h m m m k k k), b (h h k k k n n n), bias (n n n), other like the result → (h h m m m n n n)."""
     return _run(a, b, bias, other, scale, activation, order)
 
@@ -141,13 +139,15 @@ def _run(
     width = a.element_size()
 
     def heuristic() -> Config:
-        return config(BM=block(m, 16, 128), BN=block(n, 16, 128), BK=block(k, 16, 128 // width), warps=8 if m * n > 1 << 13 else 4, stages=3)
+        rows, columns = block(m, 16, 128), block(n, 16, 128)
+        return config(BM=rows, BN=columns, BK=block(k, 16, 128 // width), warps=8 if rows * columns > 1 << 13 else 4, stages=3)
 
     cut = tuning.cut("strided_gemm", a, {"h": h, "m": m, "n": n, "k": k}, heuristic, lambda: _space(m, n, k, width))
     s_other = y.stride() if other is None else other.stride()
     s_bias = (0, 0, 0) if bias is None else bias.stride()
+    grid = (h * ceil_div(m, cut["BM"]) * ceil_div(n, cut["BN"]),)
     launch(
-        _kernel, (h * ceil_div(m, cut["BM"]) * ceil_div(n, cut["BN"]),), a, b, y, a if bias is None else bias, a if other is None else other,
+        _kernel, grid, a, b, y, a if bias is None else bias, a if other is None else other,
         float(scale), m, n, k, shape[1], *shape[3:5], *shape[6:], *a.shape[6:], *a.stride(), *b.stride(), *y.stride(), *s_other, *s_bias,
         cut=cut, GROUPED=GROUP, KIND=activation, SLOPE=slope, BIAS=bias is not None, OTHER=other is not None, PRECISION=precision(a),
     )  # fmt: skip
@@ -168,9 +168,7 @@ def reference(
     return y.permute(order).contiguous().permute([order.index(place) for place in range(8)])
 
 
-def shapes(
-    a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None, scale: float, activation: str, order: Sequence[int]
-) -> Tensor:
+def shapes(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None, scale: float, activation: str, order: Sequence[int]) -> Tensor:
     """The result without numbers."""
     return _result(a, _shape(a, b, bias, other), order)
 
@@ -258,7 +256,8 @@ def ask(region: Region) -> Offer | Refusal:
     order = sorted(range(8), key=lambda role: place[roles[role][0]] if roles[role] else -1)
     back = sorted((axis for axis in region.out if size[axis] != 1), key=lambda axis: place[axis])
     assert back == [axis for role in order for axis in roles[role]]
-    shape, scale, activation = tuple(size[axis] for axis in region.out), float(option.get("scale", 1.0)), str(option.get("activation", "none"))
+    shape = tuple(size[axis] for axis in region.out)
+    scale, activation = float(option.get("scale", 1.0)), str(option.get("activation", "none"))
 
     def run(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
         given = {key: see(tensor) for (key, see), tensor in zip(sees.items(), more, strict=True)}
@@ -272,7 +271,7 @@ def ask(region: Region) -> Offer | Refusal:
 def _group(axes: list[str], layouts: Sequence[Layout], size: dict[str, int], limit: int) -> list[tuple[str, ...]]:
     """The axes as `limit` dimensions, padded with empty ones: neighbours merge where they are one dimension of every tensor that has them.
 
-    The first tensor that has them gives the order, so that the fastest index of the group is fast in memory. Raises Unfit when it takes more.
+    The first tensor that has them gives the order, so that a group's fastest index is fast in memory. Raises Unfit when it takes more.
     """
     having = [layout for layout in layouts if set(axes) & set(layout.axes)]
     if not axes:

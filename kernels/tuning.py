@@ -107,8 +107,7 @@ def tune(run: Callable[..., object], operands: Sequence[Tensor], samples: int = 
     Raises:
         OperatorError: no CUDA device, or no way to cut some kernel runs.
     """
-    if not operands or not operands[0].is_cuda:
-        raise OperatorError("tuning measures on a CUDA device; the operands are " + (str(operands[0].device) if operands else "none"))
+    _check_device(operands)
     copies = [operand.detach().clone(memory_format=torch.preserve_format).requires_grad_(operand.requires_grad) for operand in operands]
     requests: list[Request] = []
     token = _requests.set(requests)
@@ -132,6 +131,11 @@ def tune(run: Callable[..., object], operands: Sequence[Tensor], samples: int = 
     return best
 
 
+def _check_device(operands: Sequence[Tensor]) -> None:
+    if not operands or not operands[0].is_cuda:
+        raise OperatorError("tuning measures on a CUDA device; the operands are " + (str(operands[0].device) if operands else "none"))
+
+
 def _seconds(run: Callable[[], object], samples: int) -> float:
     run()
     found = []
@@ -147,7 +151,12 @@ def _seconds(run: Callable[[], object], samples: int) -> float:
 
 @functools.cache
 def _table(device: int) -> dict[str, Config]:
-    return read(path(torch.cuda.get_device_name(device)))
+    return read(path(device_name(device)))
+
+
+def device_name(device: int) -> str:
+    """What the table of a device is filed under."""
+    return torch.cuda.get_device_name(device)
 
 
 def path(device: str) -> Path:
@@ -183,7 +192,7 @@ def _warn_once(file: Path, what: str) -> None:
 
 
 def _write(device: int, best: Mapping[str, Config]) -> None:
-    file = path(torch.cuda.get_device_name(device))
+    file = path(device_name(device))
     store(file, {**read(file), **best})
     _table.cache_clear()
 

@@ -1,5 +1,6 @@
 """Fitting a region's tensors to a kernel's roles: axes that play one role become one dimension with one stride, without a copy."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ def order_of(axes: Sequence[str], layouts: Sequence[Layout], sizes: Mapping[str,
     wide.sort(key=lambda axis: -strides[axis])
     for place, layout in having:
         if stride_of(wide, layout, sizes) is None:
-            raise Unfit(f"axes {' '.join(wide)} are not one dimension of operand {place} (strides {layout.strides} of {' '.join(layout.axes)})")
+            strides_there = f"(strides {layout.strides} of {' '.join(layout.axes)})"
+            raise Unfit(f"axes {' '.join(wide)} are not one dimension of operand {place} {strides_there}")
     return (*(axis for axis in axes if sizes[axis] == 1), *wide)
 
 
@@ -56,7 +58,7 @@ def stride_of(axes: Sequence[str], layout: Layout, sizes: Mapping[str, int]) -> 
     strides = dict(zip(layout.axes, layout.strides, strict=True))
     if any(axis not in strides for axis in axes):
         return None
-    for outer, inner in zip(axes, axes[1:], strict=False):
+    for outer, inner in itertools.pairwise(axes):
         if strides[outer] != strides[inner] * sizes[inner]:
             return None
     return strides[axes[-1]] if axes else 0

@@ -7,9 +7,9 @@ Positions count from the first key and the last query stands at the last key. A 
 (FlashAttention, arXiv:2307.08691); a block of queries visits the blocks of sinks and those of its window, nothing between. Heads of k and v
 may be fewer than those of q.
 
-Gradients make the pattern p again from the logarithm of the softmax's denominator: with δ = Σ g ∘ y, dv_k = Σ p g, ds = p (g·v − δ), dq = s ds k,
-dk = s ds q. Keys gather from the queries of their window; sinks are seen by every query, so what comes from beyond the window is
-gathered by further programs in parts, which are added in a fixed order.
+Gradients make the pattern p again from the logarithm of the softmax's denominator: with δ = Σ g ∘ y, dv_k = Σ p g, ds = p (g·v − δ),
+dq = s ds k, dk = s ds q. Keys gather from the queries of their window; sinks are seen by every query, so what comes from beyond the
+window is gathered by further programs in parts, which are added in a fixed order.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def _forward_kernel(
     top, below = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
     total = tl.zeros((BM, BE), tl.float32)
     before, start, count = _blocks(i_m + T - S, T, window, sink, BM, BN)
-    for i in range(0, count):
+    for i in range(count):
         o_n = tl.where(i < before, i, start + i - before) * BN + tl.arange(0, BN)
         b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
         a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
@@ -106,7 +106,7 @@ def _query_kernel(
     b_e = tl.load(e_ptr + (i_b * H + i_h) * S + o_m, mask=o_m < S, other=0.0)
     dq = tl.zeros((BM, BD), tl.float32)
     before, start, count = _blocks(i_m + T - S, T, window, sink, BM, BN)
-    for i in range(0, count):
+    for i in range(count):
         o_n = tl.where(i < before, i, start + i - before) * BN + tl.arange(0, BN)
         b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
         a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
@@ -138,7 +138,7 @@ def _key_kernel(
         beyond = tl.maximum(tl.cdiv(S, BM) - last, 0)
         each = tl.cdiv(beyond, parts)
         first, last = last + part * each, last + tl.minimum(part * each + each, beyond)
-    for head in range(0, H // G):
+    for head in range(H // G):
         i_h = i_g * (H // G) + head
         for m in range(first, last):
             o_m = m * BM + tl.arange(0, BM)
@@ -295,7 +295,7 @@ def ask(region: Region) -> Offer | Refusal:
         if max(q[3], v[3]) > MOST_WIDTH:
             raise Unfit(f"heads of width {max(q[3], v[3])}; blocks fit up to {MOST_WIDTH}")
         if q[2] > k[2] or q[1] % max(k[1], 1):
-            raise Unfit(f"{q[2]} queries of {q[1]} heads, {k[2]} keys of {k[1]}: keys are as many at least, and their heads divide the others")
+            raise Unfit(f"{q[2]} queries of {q[1]} heads, {k[2]} keys of {k[1]}: keys are as many at least, their heads divide the others")
     except Unfit as unfit:
         return Refusal(name, str(unfit))
     scale = region.option.get("scale")

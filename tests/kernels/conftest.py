@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
         raise pytest.UsageError("triton was imported before tests/kernels could switch its interpreter on")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "1")
-        import tn_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ def test_epilogues(activation, with_bias, with_other):
     def positive(a, b, *rest):
         given = iter(rest)
         inside = 0.25 * torch.einsum("abcdefgh,abfghijk->abcdeijk", a, b) + (next(given) if with_bias else 0)
-        outside = inside * inside * 2 if activation == "square" else 2 * inside + 1 if activation == "sigmoid" else 2 * inside + inside * inside
+        outside = {"square": 2 * inside * inside, "sigmoid": 2 * inside + 1}.get(activation, 2 * inside + inside * inside)
         return outside * (next(given) if with_other else 1)
 
     check(named(strided_gemm), named(product), (a, b, *bias, *other), torch.float32, terms=20, positive=positive)
@@ -139,9 +139,8 @@ def test_gates(activation):
         inside = x @ w
         return (2 * inside + inside * inside) * (x @ v)
 
-    check(
-        lambda x, w, v: gated(x, w, v, activation), exact, (strided(9, 6), strided(6, 18), strided(6, 18)), torch.float32, terms=60, positive=positive
-    )
+    tensors = strided(9, 6), strided(6, 18), strided(6, 18)
+    check(lambda x, w, v: gated(x, w, v, activation), exact, tensors, torch.float32, terms=60, positive=positive)
 
 
 OPERANDS = {

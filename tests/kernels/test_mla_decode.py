@@ -65,7 +65,9 @@ def test_size_zero(sizes):
 
 
 def test_unfilled_tokens_are_never_read():
-    q, qr, latent, rope = (tensor.float().to(DEVICE) for tensor in (strided(1, 1, 2, 8), strided(1, 1, 2, 4), strided(1, 64, 8), strided(1, 64, 4)))
+    q, qr, latent, rope = (
+        tensor.float().to(DEVICE) for tensor in (strided(1, 1, 2, 8), strided(1, 1, 2, 4), strided(1, 64, 8), strided(1, 64, 4))
+    )
     want = mla_decode(q, qr, latent[:, :20], rope[:, :20], scale=0.3)
     latent[:, 20:], rope[:, 20:] = float("nan"), float("nan")
     torch.testing.assert_close(mla_decode(q, qr, latent, rope, torch.tensor([20], device=DEVICE), scale=0.3), want)
@@ -83,7 +85,9 @@ def test_gradients_come_from_the_torch_path():
 
 
 def test_opcheck():
-    tensors = [t.to(DEVICE, torch.float32).requires_grad_() for t in (strided(1, 2, 2, 3), strided(1, 2, 2, 2), strided(1, 5, 3), strided(1, 5, 2))]
+    tensors = [
+        t.to(DEVICE, torch.float32).requires_grad_() for t in (strided(1, 2, 2, 3), strided(1, 2, 2, 2), strided(1, 5, 3), strided(1, 5, 2))
+    ]
     torch.library.opcheck(torch.ops.tn.mla_decode.default, (*tensors, torch.tensor([4], device=DEVICE), 0.5))
 
 

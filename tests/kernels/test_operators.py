@@ -1,15 +1,19 @@
 """The registry: offers, refusals and their reasons."""
 
+import dataclasses
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import tn
 from tests.kernels.oracle import DEVICE
 from tn import operators
 from tn.errors import OperatorError
 from tn.operators import Layout, Offer, Refusal, Region, attempt, offers, register, require
+from tn_kernels.launch import recording
 
 SIZES = dict(b=6, i=3, j=4, r=2, k=5, l=7)
 
@@ -53,7 +57,7 @@ CHAINS = {
     "low rank": region("b j, j r, r l", "b l"),
     "operands in another order": region("i j r k, b i j, k i r l", "b k l"),
     "merged axes": region("b i j, i j r k, r k l", "b l"),
-    "stored batch last": region("b i j, i j r k, k i r l", "b k l", orders=["i j b".split(), "r j i k".split(), "l r i k".split()]),
+    "stored batch last": region("b i j, i j r k, k i r l", "b k l", orders=[["i", "j", "b"], ["r", "j", "i", "k"], ["l", "r", "i", "k"]]),
     "sizes of one": region("b i j, i j r k, k i r l", "b k l", dict(b=1, i=1, j=4, r=1, k=5, l=1)),
 }
 
@@ -68,7 +72,92 @@ def test_chain_offers(name):
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_every_layout_of_a_batched_product_runs_without_a_copy():
+    """All orders of axes of bmk, bkn → bmn; the reshapes in between must be views."""
+    sizes = dict(b=2, m=3, k=4, n=5)
+    count = 0
+    for left, right, out in itertools.product(*(itertools.permutations(term) for term in ("bmk", "bkn", "bmn"))):
+        case = region("b m k, b k n", " ".join(out), sizes, orders=[left, right])
+        offer, tensors = answer("strided_gemm", case), tensors_of(case)
+        assert isinstance(offer, Offer), offer
+        with recording() as calls:
+            offer.run(*tensors)
+        assert [tensor.data_ptr() for tensor in calls[0].arguments[:2]] == [tensor.data_ptr() for tensor in tensors]
+        count += 1
+        if count % 3:
+            continue  # a third of the numbers is enough
+        got = offer.run(*tensors)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.double(), exact(case, tensors), rtol=1e-4, atol=1e-4)
+    assert count == 216
+
+
+GEMMS = {
+    "axes that merge": ("strided_gemm", region("b i j, i j k l", "b k l")),
+    "two of each, interleaved": ("strided_gemm", region("b i j r, r i k j", "b k", orders=[[*"rbji"], [*"jkir"]])),
+    "rows of three dimensions": ("strided_gemm", region("b i j k, l k", "b l i j", orders=[[*"jbki"], [*"kl"]])),
+    "two batches": ("strided_gemm", region("b i r j, i r j k", "r b i k")),
+    "sum over one": ("batch_reduced_gemm", region("b j, j k", "b k")),
+    "sum over two": ("batch_reduced_gemm", region("b j i, i k j", "k b")),
+    "summed axes apart": ("batch_reduced_gemm", region("i b j, j k i", "b k")),
+    "the result turned": ("batch_reduced_gemm", region("i j b, i j k", "k b")),
+    "sizes of one": ("batch_reduced_gemm", region("i b j, i j k", "b k", dict(i=1, b=3, j=4, k=1))),
+}
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_products_offer(name):
+    operator, case = GEMMS[name]
+    offer, tensors = answer(operator, case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    torch.testing.assert_close(offer.run(*tensors).double(), exact(case, tensors), rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_with_everything_around_it():
+    case = region("b i j, j k, k, b k i", "i b k")
+    case = dataclasses.replace(case, options=(("bias", True), ("other", True), ("activation", "silu"), ("scale", 0.5)))
+    offer, (a, b, bias, other) = answer("strided_gemm", case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    a64, b64, bias64, other64 = (t.double() for t in (a, b, bias, other))
+    want = torch.nn.functional.silu(0.5 * torch.einsum("bij,jk->ibk", a64, b64) + bias64) * other64.permute(2, 0, 1)
+    torch.testing.assert_close(offer.run(a, b, bias, other).double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_gated_offers():
+    case = dataclasses.replace(region("b i j, i j k, k j i", "b k", orders=[[*"bij"], [*"kij"], [*"jik"]]), what="gated")
+    refusal = answer("gated", case)
+    assert isinstance(refusal, Refusal)
+    assert "axes i j are not one dimension of operand 2" in refusal.reason
+    case = dataclasses.replace(region("b i j, i j k, i j k", "b k"), what="gated", options=(("activation", "silu"),))
+    offer, (x, w, v) = answer("gated", case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    inside, outside = (torch.einsum("bij,ijk->bk", x.double(), t.double()) for t in (w, v))
+    torch.testing.assert_close(offer.run(x, w, v).double(), torch.nn.functional.silu(inside) * outside, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_through_tn_ops():
+    q, k, v = (torch.randn(2, 3, 2, 40, 8, device=DEVICE) for _ in range(3))
+    mask = tn.Mask(window=7, sink=2)
+    torch.testing.assert_close(tn.ops.attention(q, k, v, mask, backend="triton"), tn.ops.attention(q, k, v, mask))
+    one = q[0, 0, 0], k[0, 0, 0], v[0, 0, 0]
+    torch.testing.assert_close(tn.ops.attention(*one, backend="triton"), tn.ops.attention(*one))
+    with pytest.raises(OperatorError, match="window_attention: the mask is not causal"):
+        tn.ops.attention(q, k, v, tn.Mask(causal=False), backend="triton")
+    with pytest.raises(OperatorError, match="window_attention: dtype float64"):
+        tn.ops.attention(q.double(), k.double(), v.double(), backend="triton")
+    with pytest.raises(OperatorError, match="unknown attention backend 'trition': did you mean 'triton'"):
+        tn.ops.attention(q, k, v, backend="trition")
+
+
 REFUSED = {
+    "too many dimensions": (
+        region("b i j r, b i j r k", "k", orders=[[*"bjir"], [*"rijbk"]]),
+        "strided_gemm",
+        "axes b i j r are 4 dimensions, at most 3 are merged",
+    ),
+    "an axis alone": (region("b i, j k", "b k i"), "strided_gemm", "axes j are on one tensor alone"),
+    "a batch of all": (region("b i j, b j k", "b i k"), "batch_reduced_gemm", "axes b are on one tensor alone, or a batch of all three"),
+    "nothing summed": (region("b, k", "b k"), "batch_reduced_gemm", "nothing is summed"),
     "two tensors": (region("b j, j k", "b k"), "chain", "takes a contraction of three tensors, this is a contraction of 2"),
     "wrong order": (
         region("b i j, i j r k, k i r l", "b l k"),
@@ -79,7 +168,7 @@ REFUSED = {
     "batch": (region("b i j, i b r k, k i r l", "b k l"), "chain", "axis b is on x A y"),
     "rank": (region("b j, j r, r l", "b l", {**SIZES, "r": 200}), "chain", "rank 200; the intermediate stays in registers up to rank 128"),
     "split rows": (
-        region("b i j, j r, r l", "b i l", orders=["i j b".split(), ["j", "r"], ["r", "l"]]),
+        region("b i j, j r, r l", "b i l", orders=[["i", "j", "b"], ["j", "r"], ["r", "l"]]),
         "chain",
         "axes i b are not one dimension of operand 0 (strides (1, 24, 6) of b i j)",
     ),

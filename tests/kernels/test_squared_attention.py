@@ -50,7 +50,10 @@ def test_with_the_usual_blocks():
     check(squared_attention, pattern, (strided(1, 1, 70, 8), strided(1, 1, 70, 8), strided(1, 1, 70, 8)), torch.float32, terms=200)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1, 3, 3, 2, 2), (1, 2, 1, 0, 3, 2, 2), (1, 1, 1, 2, 2, 0, 2), (1, 1, 1, 2, 2, 2, 0), (1, 0, 1, 2, 2, 2, 2)])
+EMPTY = [(0, 1, 1, 3, 3, 2, 2), (1, 2, 1, 0, 3, 2, 2), (1, 1, 1, 2, 2, 0, 2), (1, 1, 1, 2, 2, 2, 0), (1, 0, 1, 2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", EMPTY)
 def test_size_zero(sizes):
     b, h, g, s, t, d, e = sizes
     check(squared_attention, pattern, (strided(b, h, s, d), strided(b, g, t, d), strided(b, g, t, e)), torch.float32, terms=20)
@@ -92,12 +95,15 @@ def test_pair_state(sizes, dtype):
     p, t, a, b, c = sizes
     terms = 2 * t + a * b + c
     check(pair_write, write, (strided(p, t, a), strided(p, t, b, order=(2, 0, 1)), strided(p, t, c, step=2)), dtype, terms=terms, stages=3)
-    check(pair_read, read, (strided(p, t, a), strided(p, t, b, step=3), strided(p, a, b, c, order=(3, 1, 0, 2))), dtype, terms=terms, stages=3)
+    check(
+        pair_read, read, (strided(p, t, a), strided(p, t, b, step=3), strided(p, a, b, c, order=(3, 1, 0, 2))), dtype, terms=terms, stages=3
+    )
 
 
 OPERANDS = {
     "squared_attention": lambda: (
-        strided(1, 2, 3, 4), strided(1, 1, 5, 4), strided(1, 1, 5, 2, order=(3, 2, 1, 0)), strided(1, 2, 3, 4), strided(1, 1, 5, 4), 0.5, True,
+        strided(1, 2, 3, 4), strided(1, 1, 5, 4), strided(1, 1, 5, 2, order=(3, 2, 1, 0)),
+        strided(1, 2, 3, 4), strided(1, 1, 5, 4), 0.5, True,
     ),
     "pair_write": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 3, 5)),
     "pair_read": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 2, 4, 5)),

@@ -27,7 +27,7 @@ class Case:
     """One kernel at one size.
 
     Attributes:
-        kernel, name: the operator and what it is asked. run: the kernel. torch: the same in torch operations.
+        kernel, name: the operator and what it is asked. run: the kernel. eager: the same in torch operations.
         shapes: operand → shape, of the size that matters. small: of a size that Triton's interpreter takes.
         flops, moved: of a forward pass, from shapes; `moved` counts elements that have to be read or written once.
         trained: whether operands get gradients. scale: of random operands, by name; 1 for the others.
@@ -37,7 +37,7 @@ class Case:
     kernel: str
     name: str
     run: Function
-    torch: Function
+    eager: Function
     shapes: Shapes
     small: Shapes
     flops: Callable[[Shapes], int]
@@ -70,7 +70,7 @@ def _btt(width: int, rank: int, rows: int) -> Case:
         kernel="chain",
         name=f"BTT {width} rank {rank}, {rows} rows",
         run=tn_kernels.chain,
-        torch=lambda x, a, c: torch.einsum("nirk,kirl->nkl", torch.einsum("nij,ijrk->nirk", x, a), c),
+        eager=lambda x, a, c: torch.einsum("nirk,kirl->nkl", torch.einsum("nij,ijrk->nirk", x, a), c),
         shapes=shapes(math.isqrt(width), rows),
         small=shapes(6, 37),
         flops=flops,
@@ -97,7 +97,7 @@ def _reduced() -> Case:
         kernel="batch_reduced_gemm",
         name="gradient of a core broadcast over 64",
         run=tn_kernels.batch_reduced_gemm,
-        torch=lambda a, b: torch.einsum("bmk,bkn->mn", a, b),
+        eager=lambda a, b: torch.einsum("bmk,bkn->mn", a, b),
         shapes={"a": (64, 64, 16384), "b": (64, 16384, 64)},
         small={"a": (5, 20, 33), "b": (5, 33, 18)},
         flops=lambda shapes: 2 * math.prod(shapes["a"]) * shapes["b"][2],
@@ -120,7 +120,7 @@ def _strided() -> Case:
         kernel="strided_gemm",
         name="batch of 16 on the fastest axis, gelu",
         run=run,
-        torch=lambda x, w: functional.gelu(torch.einsum("mkh,hnk->mhn", x, w)),
+        eager=lambda x, w: functional.gelu(torch.einsum("mkh,hnk->mhn", x, w)),
         shapes={"x": (8192, 256, 16), "w": (16, 256, 256)},
         small={"x": (33, 20, 3), "w": (3, 18, 20)},
         flops=lambda shapes: 2 * math.prod(shapes["x"]) * shapes["w"][1],
@@ -139,7 +139,7 @@ def _gated(activation: str) -> Case:
         kernel="gated",
         name={"none": "bilinear", "silu": "SwiGLU"}[activation] + " 1024 → 4096, 16384 rows",
         run=lambda x, w, v: tn_kernels.gated(x, w, v, activation),
-        torch=lambda x, w, v: gate(x @ w) * (x @ v),
+        eager=lambda x, w, v: gate(x @ w) * (x @ v),
         shapes=shapes(16384, 1024, 4096),
         small=shapes(33, 20, 18),
         flops=lambda shapes: 4 * math.prod(shapes["x"]) * shapes["w"][1],
@@ -175,7 +175,7 @@ def _attention(form: str) -> Case:
         kernel="squared_attention" if form == "quadratic" else "chunked",
         name=f"causal {form}, T = {size[2]}, {size[1]} heads of {size[3]}",
         run=run if chunk is None else lambda q, k, v: tn_kernels.chunked(q, k, v, chunk=16 if q.shape[2] < CHUNK else CHUNK),
-        torch=_squared,
+        eager=_squared,
         shapes=_heads(*size),
         small=_heads(1, 2, 37, 8),
         flops=lambda shapes: attention_flops(*(torch.empty(shape, device="meta") for shape in shapes.values()), chunk=chunk),
@@ -196,7 +196,7 @@ def _window() -> Case:
         kernel="window_attention",
         name=f"T = 8192, window {WINDOW}, {SINK} sinks, 16 heads of 64",
         run=lambda q, k, v: tn_kernels.window_attention(q, k, v, window=_reach(q), sink=SINK),
-        torch=masked,
+        eager=masked,
         shapes=_heads(2, 16, 8192, 64),
         small=_heads(1, 2, 60, 8),
         flops=lambda shapes: 4 * _pairs(shapes, WINDOW) * shapes["q"][3],
@@ -238,7 +238,7 @@ def _decode() -> Case:
         kernel="mla_decode",
         name="128 sequences of 8192 tokens, 16 heads, 512 + 64",
         run=lambda q, qr, latent, rope: tn_kernels.mla_decode(q, qr, latent, rope, scale=0.1),
-        torch=torch_path,
+        eager=torch_path,
         shapes=shapes(128, 16, 8192, 512, 64),
         small=shapes(2, 4, 70, 20, 6),
         flops=lambda shapes: 2 * math.prod(shapes["latent"][:2]) * shapes["q"][2] * (2 * shapes["q"][3] + shapes["qr"][3]),

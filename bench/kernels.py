@@ -45,7 +45,7 @@ def gate(cases: "list[Case]", dtypes: tuple[torch.dtype, ...], device: str) -> l
             operands = case.operands(case.small, dtype, device)
             operands = [operand.detach().requires_grad_(case.trained) for operand in operands]
             exact = [operand.detach().double().requires_grad_(case.trained) for operand in operands]
-            for what, got, want in zip(("result", *case.small), _all(case.run, operands), _all(case.torch, exact), strict=False):
+            for what, got, want in zip(("result", *case.small), _all(case.run, operands), _all(case.eager, exact), strict=False):
                 error = ((got.double() - want).norm() / want.norm()).item()
                 allowed = ROUNDINGS * torch.finfo(dtype).eps
                 if not error <= allowed:
@@ -107,7 +107,7 @@ def timed(case: "Case", peak: float, bandwidth: float, rounds: int) -> list[Row]
     torch.manual_seed(0)
     operands = case.operands(case.shapes, torch.bfloat16, "cuda")
     operands = [operand.detach().requires_grad_(case.trained) for operand in operands]
-    rivals = {"torch": case.torch, "torch.compile": torch.compile(case.torch), **case.peers}
+    rivals = {"torch": case.eager, "torch.compile": torch.compile(case.eager), **case.peers}
     runs = {"kernel": passes(case.run, operands, case.trained)}
     for name, rival in rivals.items():
         try:

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tn.operators import OperatorError
+from tn.operators import Offer, OperatorError, Refusal, Region, register
 from tn_kernels import tuning
-from tn_kernels.launch import block, ceil_div, config, launch, precision
+from tn_kernels.launch import DTYPES, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
+from tn_kernels.views import Unfit, check_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST_LATENT, MOST_ROPE = 512, 128  # a program holds 16 rows of the result, and a block of the cache of that width
@@ -172,3 +173,28 @@ def mla_decode(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Ten
     if lengths is None:
         lengths = torch.full((q.shape[0],), latent.shape[1], device=q.device, dtype=torch.int32)
     return _operator(q, qr, latent, rope, lengths, scale)[0]
+
+
+def ask(region: Region) -> Offer | Refusal:
+    """Offers for an "mla_decode" region: q, qr, latent, rope, lengths as `mla_decode` takes them; option scale."""
+    name = "mla_decode"
+    if region.what != name or len(region.operands) != 5:
+        return Refusal(name, f"takes latent attention over a cache of q, qr, latent, rope and lengths, this is a {region.what}")
+    like = [torch.empty([region.size[axis] for axis in layout.axes], dtype=region.dtype, device="meta") for layout in region.operands]
+    scale = region.option.get("scale")
+    try:
+        check_dtype(region, DTYPES)
+        _check(*like[:4], like[4].int())
+        if not isinstance(scale, float):
+            raise Unfit(f"scale {scale!r}; expected a float")
+    except (Unfit, OperatorError) as unfit:
+        return Refusal(name, str(unfit))
+
+    def run(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor) -> Tensor:
+        return mla_decode(q, qr, latent, rope, lengths, scale=scale)
+
+    sizes = dict(zip("bshctr", (*like[0].shape, *like[3].shape[1:]), strict=True))
+    return Offer(name, run, tuning.case(name, sizes, region.dtype))
+
+
+register("mla_decode", ask)

@@ -54,11 +54,11 @@ class Operator:
             self._backward_op.register_fake(_gradient_shapes)
 
     def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # what follows is no part of a graph
+            return self.op(*arguments)
         if is_recording():
             return self._record(*arguments)
-        if not torch.compiler.is_compiling() and transforming():
-            return self.reference(*arguments)
-        return self.op(*arguments)
+        return self.reference(*arguments) if transforming() else self.op(*arguments)
 
     def _record(self, *arguments: Any) -> Any:
         """Launch what a forward and a whole backward pass would launch."""

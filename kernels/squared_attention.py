@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tn.operators import OperatorError
+from tn.operators import Offer, OperatorError, Refusal, Region, register
 from tn_kernels import tuning
-from tn_kernels.launch import Config, block, ceil_div, config, launch, precision
+from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.pair_state import pair_read, pair_write
 from tn_kernels.registration import Operator
+from tn_kernels.views import Unfit, check_dtype
 
 MOST_WIDTH = 256  # of q and of v: their blocks stay in shared memory
 CHUNK = 128
@@ -365,3 +366,31 @@ def flops(q: Tensor, k: Tensor, v: Tensor, pairs: int = 1, chunk: int | None = N
 def cheaper_chunked(q: Tensor, k: Tensor, v: Tensor, pairs: int = 1, chunk: int = CHUNK) -> bool:
     """Whether the linear form takes fewer FLOPs, which it does for long sequences of narrow heads."""
     return q.shape[2] == k.shape[2] and flops(q, k, v, pairs, chunk) < flops(q, k, v, pairs)
+
+
+def ask(region: Region) -> Offer | Refusal:
+    """Offers for a "squared_attention" region: q, k, v and perhaps q2, k2 with four dimensions; options causal and scale.
+
+    The linear form runs where it takes fewer FLOPs."""
+    name, count = "squared_attention", len(region.operands)
+    if region.what != name or count not in (3, 5):
+        return Refusal(name, f"takes squared attention of q, k, v and perhaps a second pair, this is a {region.what} of {count}")
+    causal, scale = bool(region.option.get("causal", True)), region.option.get("scale")
+    like = [torch.empty([region.size[axis] for axis in layout.axes], dtype=region.dtype, device="meta") for layout in region.operands]
+    pair = like[3:] or [None, None]
+    try:
+        check_dtype(region, DTYPES)
+        _check(*like[:3], *pair, causal)
+    except (Unfit, OperatorError) as unfit:
+        return Refusal(name, str(unfit))
+    q, k, v = like[:3]
+    linear = causal and cheaper_chunked(q, k, v, (count - 1) // 2)
+
+    def run(*operands: Tensor) -> Tensor:
+        return chunked(*operands, scale=scale) if linear else squared_attention(*operands, scale=scale, causal=causal)  # type: ignore[arg-type]
+
+    sizes = {"b": q.shape[0], **dict(zip("hgstde", _sizes(q, k, v), strict=True)), "pairs": (count - 1) // 2}
+    return Offer(name, run, tuning.case("chunked" if linear else name, sizes, region.dtype))
+
+
+register("squared_attention", ask)

@@ -64,15 +64,11 @@ def cut(
     forced = _forced.get()
     if forced and kernel in forced:
         return forced[kernel]
-    key = case(kernel, problem, tensor.dtype)
     requests = _requests.get()
     if requests is not None:
-        requests.append(Request(kernel, key, tuple(space())))
-    if tensor.is_cuda:
-        measured = _table(tensor.device.index or 0).get(key)
-        if measured is not None:
-            return measured
-    return default()
+        requests.append(Request(kernel, case(kernel, problem, tensor.dtype), tuple(space())))
+    measured = _measured(kernel, tuple(problem.items()), tensor.dtype, tensor.device.index or 0) if tensor.is_cuda else None
+    return measured or default()
 
 
 def case(kernel: str, problem: Mapping[str, int], dtype: torch.dtype) -> str:
@@ -149,6 +145,12 @@ def _seconds(run: Callable[[], object], samples: int) -> float:
     return statistics.median(found)
 
 
+@functools.lru_cache(maxsize=4096)
+def _measured(kernel: str, problem: tuple[tuple[str, int], ...], dtype: torch.dtype, device: int) -> Config | None:
+    """Looked up once for each size: the key alone takes microseconds to make."""
+    return _table(device).get(case(kernel, dict(problem), dtype))
+
+
 @functools.cache
 def _table(device: int) -> dict[str, Config]:
     return read(path(device_name(device)))
@@ -195,6 +197,7 @@ def _write(device: int, best: Mapping[str, Config]) -> None:
     file = path(device_name(device))
     store(file, {**read(file), **best})
     _table.cache_clear()
+    _measured.cache_clear()
 
 
 def store(file: Path, table: Mapping[str, Config]) -> None:

@@ -17,6 +17,10 @@ if not torch.cuda.is_available():
         raise pytest.UsageError("triton was imported before tests/kernels could switch its interpreter on")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "1")
+        from tn_kernels import launch
+
+    # Otherwise every test here would quietly compare torch with torch.
+    assert launch.INTERPRETED
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tn
+import tn_kernels
 from tests.kernels.oracle import DEVICE
 from tn import operators
 from tn.errors import OperatorError
@@ -135,6 +136,29 @@ def test_gated_offers():
     torch.testing.assert_close(offer.run(x, w, v).double(), torch.nn.functional.silu(inside) * outside, rtol=1e-4, atol=1e-4)
 
 
+def test_squared_attention_offers_the_cheaper_form():
+    sizes = dict(b=1, h=2, g=1, s=9, t=9, d=4, e=5)
+    case = dataclasses.replace(region("b h s d, b g t d, b g t e", "b h s e", sizes), what="squared_attention")
+    offer, (q, k, v) = answer("squared_attention", case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    assert offer.case.startswith("squared_attention ")
+    torch.testing.assert_close(offer.run(q, k, v), tn_kernels.squared_attention(q, k, v))
+    long = dataclasses.replace(region("b h s d, b g t d, b g t e", "b h s e", {**sizes, "s": 4000, "t": 4000}), what="squared_attention")
+    assert answer("squared_attention", long).case.startswith("chunked ")
+    more = dataclasses.replace(region("b h s d, b g t d, b g t e", "b h s e", {**sizes, "s": 10}), what="squared_attention")
+    assert "a causal pattern needs at least as many keys as queries" in answer("squared_attention", more).reason
+
+
+def test_decoding_offers():
+    sizes = dict(b=2, s=1, h=3, c=8, r=4, t=9)
+    case = dataclasses.replace(region("b s h c, b s h r, b t c, b t r, b", "b s h c", sizes), what="mla_decode", options=(("scale", 0.5),))
+    offer, (*operands, _) = answer("mla_decode", case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    lengths = torch.tensor([9, 9], device=DEVICE)
+    torch.testing.assert_close(offer.run(*operands, lengths), tn_kernels.mla_decode(*operands, scale=0.5))
+    assert "scale None; expected a float" in answer("mla_decode", dataclasses.replace(case, options=())).reason
+
+
 def test_attention_through_tn_ops():
     q, k, v = (torch.randn(2, 3, 2, 40, 8, device=DEVICE) for _ in range(3))
     mask = tn.Mask(window=7, sink=2)
@@ -196,6 +220,20 @@ def test_require_raises_with_every_reason():
     with pytest.raises(OperatorError, match="no operator can run this contraction:\n") as raised:
         require(case)
     assert all(str(answer) in str(raised.value) for answer in offers(case))
+
+
+def test_kernels_run_and_not_torch(monkeypatch):
+    """What these tests compare are launches, for every dtype that kernels take; others take the torch path."""
+    launched = []
+    # tn_kernels.chain is the operator; its module of the same name is in sys.modules alone.
+    monkeypatch.setattr(
+        sys.modules["tn_kernels.chain"], "launch", lambda kernel, grid, *arguments, **rest: launched.append(arguments[3].zero_())
+    )
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x = torch.ones(2, 2, 2, device=DEVICE, dtype=dtype)
+        a = torch.ones(2, 2, 1, 2, device=DEVICE, dtype=dtype)
+        tn_kernels.chain(x, a, a)
+    assert [tensor.dtype for tensor in launched] == [torch.float32, torch.float16]
 
 
 def test_where_no_operator_runs(monkeypatch):

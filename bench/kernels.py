@@ -62,13 +62,13 @@ def _all(run: Callable[..., Tensor], operands: list[Tensor]) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, operands, cotangent)]
 
 
-def resources(case: "Case") -> "list[tuple[tuple[int, ...], dict[str, object], Resources]]":
-    """(grid, blocks, what a program takes) of every launch of a forward and backward pass in bf16, compiled and not run."""
+def resources(case: "Case", dtype: torch.dtype = torch.bfloat16) -> "list[tuple[tuple[int, ...], dict[str, object], Resources]]":
+    """(grid, blocks, what a program takes) of every launch of a forward and backward pass, compiled and not run."""
     from tn_kernels.ahead import compile_call  # late: loads the compiler
     from tn_kernels.launch import recording  # late: as above
 
     with recording() as calls:
-        case.run(*case.operands(case.shapes, torch.bfloat16, "meta"))
+        case.run(*case.operands(case.shapes, dtype, "meta"))
     found: dict[str, tuple[tuple[int, ...], dict[str, object], Resources]] = {}
     for call in calls:
         used = compile_call(call, CAPABILITY)

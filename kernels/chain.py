@@ -211,7 +211,8 @@ def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
     # By the assembler's account for compute capability 9.0, 16 Ki accumulators over eight warps do not spill; 32 Ki do.
     calm = [cut for cut in _space(known, weight, width) if _held(cut, weight) <= 1 << 14] or _space(known, weight, width)
     best = min(calm, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
-    return dataclasses.replace(best, warps=8 if _held(best, weight) > 1 << 13 else 4, stages=2)
+    # Products in fp32 take no tensor cores: their operands stand in registers too.
+    return dataclasses.replace(best, warps=8 if width > 2 or _held(best, weight) > 1 << 13 else 4, stages=2)
 
 
 def _cut(kernel: str, x: Tensor, sizes: dict[str, int]) -> Config:

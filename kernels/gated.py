@@ -92,8 +92,8 @@ def _cut(x: Tensor, e: int) -> Config:
     (n, d), width = x.shape, x.element_size()
 
     def heuristic() -> Config:
-        inner = 64 if width == 2 else 32
-        return config(BN=block(n, 16, 128), BD=block(d, 16, inner), BE=block(e, 16, 64), warps=8, stages=3)
+        rows, inner = (128, 64) if width == 2 else (64, 32)
+        return config(BN=block(n, 16, rows), BD=block(d, 16, inner), BE=block(e, 16, 64), warps=8, stages=3)
 
     return tuning.cut("gated", x, {"n": n, "d": d, "e": e}, heuristic, lambda: _space(n, d, e, width))
 

@@ -201,8 +201,10 @@ def _cut(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Config:
     narrow = max(block(d, 16, MOST_WIDTH), block(e, 16, MOST_WIDTH)) <= 64
 
     def heuristic() -> Config:
-        most = 128 if half and narrow and kernel.endswith("forward") else 64 if half or narrow else 32
-        return config(BM=block(s, 16, most), BN=block(t, 16, min(most, 64)), warps=8 if most == 128 else 4, stages=3 if half else 2)
+        if not half:  # products in fp32 take no tensor cores: their operands stand in registers too
+            return config(BM=block(s, 16, 64 if narrow else 32), BN=block(t, 16, 32), warps=8, stages=2)
+        most = 128 if narrow and kernel.endswith("forward") else 64
+        return config(BM=block(s, 16, most), BN=block(t, 16, 64), warps=8 if most == 128 else 4, stages=3)
 
     def space() -> list[Config]:
         found = []

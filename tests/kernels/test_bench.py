@@ -15,11 +15,13 @@ from tests.kernels.oracle import DEVICE
 # Compiles every kernel of a forward and a backward pass for a GPU that is not here. A few words on the stack are no matter; accumulators
 # that do not fit cost hundreds of bytes.
 ALL_RESOURCES = """
+import torch
 from bench.kernel_cases import CASES
 from bench.kernels import resources
 for case in CASES:
-    for grid, blocks, used in resources(case):
-        print(case.kernel, used.kernel, used.registers, used.stack, used.shared, used.programs, used.instructions, sep="\\t")
+    for dtype in (torch.bfloat16, torch.float32):
+        for grid, blocks, used in resources(case, dtype):
+            print(case.kernel, used.kernel, dtype, used.stack, used.programs, used.instructions, sep="\\t")
 """
 
 
@@ -30,8 +32,9 @@ def test_no_kernel_spills_on_hopper(environment_without_interpreter):
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == {case.kernel for case in CASES}
     assert [row for row in rows if int(row[3]) > 64] == []
-    assert [row for row in rows if int(row[5]) < 1] == []
-    assert [row for row in rows if row[6] == "none" and row[1] != "join_kernel"] == []  # all others multiply on tensor cores
+    assert [row for row in rows if int(row[4]) < 1] == []
+    halves = [row for row in rows if row[2] == "torch.bfloat16" and row[1] != "join_kernel"]
+    assert [row for row in halves if row[5] == "none"] == []  # tensor cores multiply
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,12 @@ def timed(case: "Case", peak: float, bandwidth: float, rounds: int) -> list[Row]
 
 def _row(case: "Case", what: str, time: Timing, peer: str, theirs: Timing, flops: int, moved: int, best: float) -> Row:
     low, high = time.quartiles
-    settings = {"kernel": case.kernel, "shapes": {name: list(shape) for name, shape in case.shapes.items()}, "dtype": "bfloat16"}
+    settings = {
+        "triton": version("triton"),
+        "kernel": case.kernel,
+        "shapes": {name: list(shape) for name, shape in case.shapes.items()},
+        "dtype": "bfloat16",
+    }
     return Row(
         bench="kernels",
         case=f"{case.kernel}: {case.name}",
@@ -150,7 +156,7 @@ def _resource_rows(case: "Case", used: "list[tuple[tuple[int, ...], dict[str, ob
     rows = []
     for grid, blocks, one in used:
         taken = {name: getattr(one, name) for name in ("registers", "stack", "shared", "warps", "programs", "instructions")}
-        settings = {"grid": list(grid), "blocks": blocks, "dtype": "bfloat16", **taken}
+        settings = {"triton": version("triton"), "grid": list(grid), "blocks": blocks, "dtype": "bfloat16", **taken}
         rows.append(Row(bench="kernels", case=f"{case.kernel}: {case.name}", what=f"{one.kernel}, sm_{CAPABILITY}", settings=settings))
     return rows
 

@@ -79,13 +79,19 @@ def runs_here(*tensors: Tensor | None) -> bool:
     return all(t.dtype in DTYPES and t.device.type == device for t in given if t.is_floating_point())
 
 
-def launch(kernel: object, grid: tuple[int, ...], *arguments: object, cut: Config, **constants: object) -> None:
+def launch(kernel: object, grid: tuple[int, ...], *arguments: object, cut: Config, wide_offsets: bool = False, **constants: object) -> None:
     """Run a kernel over a grid.
 
+    Args:
+        arguments: in the kernel's order. constants: its compile-time ones, besides the blocks of `cut`.
+        wide_offsets: the kernel takes every offset that may be large in 64 bits.
+
     Raises:
-        OperatorError: it does not compile or does not fit the device, with Triton's message.
+        OperatorError: it does not compile or does not fit the device, with Triton's message; or an operand is too large for its offsets.
     """
     constants = {**dict(cut.blocks), **constants}
+    if not wide_offsets:
+        _check_offsets(kernel, arguments)
     calls = _recorded.get()
     if calls is not None:
         calls.append(Call(kernel, grid, arguments, constants, cut))
@@ -98,6 +104,17 @@ def launch(kernel: object, grid: tuple[int, ...], *arguments: object, cut: Confi
             kernel[grid](*arguments, **constants, num_warps=cut.warps, num_stages=cut.stages)  # type: ignore[index]
     except TritonError as error:
         raise OperatorError(f"{getattr(kernel, '__name__', kernel)} with {constants}: {error}") from error
+
+
+def _check_offsets(kernel: object, arguments: tuple[object, ...]) -> None:
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= 1 << 31:  # the span of a view is at most that
+            span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if span >= 1 << 31:
+                name = getattr(kernel, "__name__", kernel)
+                raise OperatorError(
+                    f"{name}: an operand of shape {tuple(tensor.shape)} spans {span + 1:,} elements, its offsets have 32 bits"
+                )
 
 
 def precision(tensor: Tensor) -> str:

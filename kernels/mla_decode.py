@@ -130,11 +130,11 @@ def forward(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor
     launch(
         _part_kernel, (groups, parts), q, qr, latent, rope, lengths, made, logs, float(scale), s, h, t, c, r, split, rows,
         *q.stride(), *qr.stride(), *latent.stride(), *rope.stride(),
-        cut=cut, BC=block(c, 16, MOST_LATENT), BR=block(r, 16, MOST_ROPE), PRECISION=precision(q),
+        cut=cut, wide_offsets=True, BC=block(c, 16, MOST_LATENT), BR=block(r, 16, MOST_ROPE), PRECISION=precision(q),
     )  # fmt: skip
     joins = [config(warps=warps, stages=1) for warps in (4, 1)]
     join = tuning.cut("mla_decode_join", q, {"c": c}, lambda: joins[0], lambda: joins)
-    launch(_join_kernel, (rows,), made, logs, y, denominators, c, parts, rows, cut=join, BC=block(c, 16, MOST_LATENT))
+    launch(_join_kernel, (rows,), made, logs, y, denominators, c, parts, rows, cut=join, wide_offsets=True, BC=block(c, 16, MOST_LATENT))
     return y, denominators
 
 

@@ -78,6 +78,20 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch):
         launch.launch(Broken(), (1,), torch.ones(1, device=DEVICE), cut=launch.config(BM=64))
 
 
+def test_operands_too_large_for_their_offsets_are_refused():
+    x, a = torch.empty(1 << 20, 64, 64, device="meta"), torch.empty(64, 64, 1, 64, device="meta")
+    with launch.recording(), pytest.raises(OperatorError, match=r"spans 4,294,967,296 elements, its offsets have 32 bits"):
+        tn_kernels.chain(x, a, a)
+    cache = torch.empty(1 << 10, 1 << 14, 512, dtype=torch.bfloat16, device="meta")
+    q, lengths = (
+        torch.empty(1 << 10, 1, 16, 512, dtype=torch.bfloat16, device="meta"),
+        torch.empty(1 << 10, dtype=torch.int32, device="meta"),
+    )
+    with launch.recording() as calls:
+        tn_kernels.mla_decode(q, q[..., :64], cache, cache[..., :64], lengths, scale=1.0)
+    assert len(calls) == 2
+
+
 def test_a_gradient_of_stride_zero():
     """What y.sum() sends back is one number, expanded."""
     x = torch.randn(1, 1, 5, 4, device=DEVICE, requires_grad=True)

@@ -3,11 +3,18 @@
 import sys
 
 import tn
-from bench import einsum, execution, flops, structures, throughput
+from bench import einsum, execution, flops, kernels, structures, throughput
 from tn.errors import unknown
 from zoo.pipes import quiet_pipe
 
-BENCHES = {"einsum": einsum, "execution": execution, "flops": flops, "structures": structures, "throughput": throughput}
+BENCHES = {
+    "einsum": einsum,
+    "execution": execution,
+    "flops": flops,
+    "kernels": kernels,
+    "structures": structures,
+    "throughput": throughput,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ Every operation describes itself to a trace as Networks and named pointwise node
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from tn import tracing
 from tn.errors import OperatorError, SizeError, unknown
+from tn.operators import Layout, Region, require
 
 # Approximate arithmetic of one element of a pointwise node, for reports; matrix products are counted exactly elsewhere.
 _WORK = {"softmax": 5, "layer_norm": 8, "rms_norm": 6, "gelu": 10, "add": 1, "multiply": 1, "dropout": 2, "cross_entropy": 6}
@@ -118,21 +120,28 @@ class Mask:
 
 
 CAUSAL = Mask()
+BACKENDS = ("torch", "triton")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float | None = None) -> Tensor:
-    """Softmax attention: y = softmax(scale · q kᵀ + mask) v, two contractions around a softmax, through torch's SDPA.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float | None = None, backend: Literal["torch", "triton"] = "torch"
+) -> Tensor:
+    """Softmax attention: y = softmax(scale · q kᵀ + mask) v, two contractions around a softmax.
 
     Args:
         q: (..., heads, queries, head_dim). k: (..., heads, keys, head_dim). v: (..., heads, keys, value_dim).
         mask: with fewer queries than keys, the queries are the last positions. scale: 1 / √head_dim if None.
+        backend: "torch" runs SDPA; "triton" a kernel whose work is proportional to the window, on CUDA or in Triton's interpreter.
 
     Returns:
         (..., heads, queries, value_dim).
 
     Raises:
         SizeError: shapes that do not belong together, or more queries than keys under a causal mask.
+        OperatorError: an unknown backend, or no kernel can run this, with every reason.
     """
+    if backend not in BACKENDS:
+        raise OperatorError(unknown("attention backend", backend, BACKENDS))
     if q.dim() < 2 or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         raise SizeError(
             f"attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
@@ -141,7 +150,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float
     queries, keys = q.shape[-2], k.shape[-2]
     if queries > keys and mask.causal:
         raise SizeError(f"{queries} queries see {keys} keys: a causal mask needs at least as many keys as queries")
-    if mask.window is None and (not mask.causal or queries == 1):
+    if backend == "triton":
+        result = _attention_kernel(q, k, v, mask, scale)
+    elif mask.window is None and (not mask.causal or queries == 1):
         result = functional.scaled_dot_product_attention(q, k, v, scale=scale)
     elif mask == CAUSAL and queries == keys:
         result = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -150,6 +161,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = CAUSAL, scale: float
     if tracing.recording():
         _record_attention(q, k, v, result)
     return result
+
+
+def _attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
+    """Attention through the first operator that offers. Raises OperatorError with every reason when none does."""
+    axes = [("batch", "head", "query", "d"), ("batch", "head", "key", "d"), ("batch", "head", "key", "e")]
+    heads = q.shape[-3] if q.dim() > 2 else 1
+    four = [tensor.reshape(-1, heads, *tensor.shape[-2:]) for tensor in (q, k, v)]
+    sizes = {axis: size for names, tensor in zip(axes, four, strict=True) for axis, size in zip(names, tensor.shape, strict=True)}
+    layouts = tuple(Layout(names, tensor.stride()) for names, tensor in zip(axes, four, strict=True))
+    options = (("mask", mask), ("scale", scale))
+    offer = require(Region("attention", layouts, ("batch", "head", "query", "e"), tuple(sizes.items()), q.dtype, q.device.type, options))
+    return offer.run(*four).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _record_attention(q: Tensor, k: Tensor, v: Tensor, result: Tensor) -> None:

@@ -18,7 +18,7 @@ ARROWS = {
     "tn": ("tn",),
     "zoo": ("zoo", "tn"),
     "train": ("train", "zoo", "tn"),
-    "bench": ("bench", "train", "zoo", "tn"),
+    "bench": ("bench", "train", "zoo", "tn", "tn_kernels"),
     "tn_kernels": ("tn_kernels", "tn.operators"),
 }
 
@@ -214,10 +214,10 @@ def names(source: Source) -> Iterator[str]:
 
 
 def annotations(source: Source) -> Iterator[str]:
-    """Public functions and methods say the types of their arguments and result."""
+    """Public functions and methods say the types of their arguments and result; a device function's annotations belong to Triton."""
     for scope in (source.tree, *(node for node in source.tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))):
         for node in scope.body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_") and not _on_device(node):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
                 if missing or node.returns is None:
@@ -252,6 +252,10 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 def _test_functions(tree: ast.Module) -> list[ast.FunctionDef]:
     bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name.startswith("Test"))]
     return [node for body in bodies for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+def _on_device(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
 
 
 def _last(node: ast.expr) -> str:

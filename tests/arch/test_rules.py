@@ -105,6 +105,8 @@ INNOCENT = [
     ("tn/settings.py", "import os\nos.environ['X']", rules.environment),
     ("zoo/gpt.py", "y = tn.ops.layer_norm(tn.ops.embedding(x, table), w, b)", rules.contractions_only),
     ("train/loop.py", "y = x @ w", rules.contractions_only),
+    ("kernels/pointwise.py", "@triton.jit\ndef f(x, BM: tl.constexpr):\n    return x", rules.annotations),
+    ("bench/kernels.py", "def f():\n    from tn_kernels import chain  # late: loads the compiler", rules.arrows),
 ]
 
 

@@ -1,0 +1,104 @@
+"""chain: two contractions in one kernel."""
+
+import pytest
+import torch
+
+from tests.kernels.oracle import DEVICE, DTYPES, check, strided
+from tn.errors import OperatorError
+from tn_kernels import chain, tuning
+from tn_kernels.launch import config
+
+
+def exact(x, a, c):
+    return torch.einsum("nij,ijrk,kirl->nkl", x, a, c)
+
+
+# name: sizes n i j r k l, memory orders of x, a, c (None: as it stands), step between elements
+CASES = {
+    "btt": ((37, 5, 7, 2, 6, 9), None, None, None, 1),
+    "odd rank": ((20, 3, 18, 5, 3, 17), None, None, None, 1),
+    "low rank": ((50, 1, 33, 20, 1, 40), None, None, None, 1),
+    "batch last, permuted cores": ((33, 4, 5, 1, 17, 3), (1, 2, 0), (3, 0, 2, 1), (1, 3, 0, 2), 1),
+    "every second element": ((17, 3, 4, 3, 2, 5), None, (0, 2, 3, 1), None, 2),
+    "ones": ((1, 1, 1, 1, 1, 1), None, None, None, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_chain(name, dtype):
+    (n, i, j, r, k, l), x_order, a_order, c_order, step = CASES[name]
+    x = strided(n, i, j, order=x_order, step=step)
+    a, c = strided(i, j, r, k, order=a_order), strided(k, i, r, l, order=c_order, step=step)
+    check(chain, exact, (x, a, c), dtype, terms=i * j * r + n, stages=3)
+
+
+def test_pieces_of_everything():
+    """Blocks smaller than every axis: several groups of k, pieces of i and j, blocks of rows and l, parts of the weights' sum."""
+    cut = config(BN=16, BI=4, BJ=16, BR=4, BK=4, BL=16)
+    with tuning.using(chain=cut, chain_weight=cut):
+        check(chain, exact, (strided(33, 5, 18), strided(5, 18, 3, 6), strided(6, 5, 3, 17)), torch.float32, terms=300)
+
+
+def test_rows_in_parts():
+    """The sum over rows of the weights' gradients is cut into parts that are added afterwards."""
+    cut = config(BN=16, BI=16, BJ=16, BR=1, BK=16, BL=16)
+    with tuning.using(chain_weight=cut):
+        check(chain, exact, (strided(300, 2, 3), strided(2, 3, 1, 2), strided(2, 2, 1, 3)), torch.float32, terms=310)
+
+
+def test_broadcast_cores():
+    """Two tensor-train cores: the first has no i, the second no k."""
+    n, i, j, r, k, l = 19, 3, 4, 2, 5, 6
+
+    def run(x, a, c):
+        return chain(x, a.expand(i, j, r, k), c.expand(k, i, r, l))
+
+    tensors = (strided(n, i, j), strided(j, r, k), strided(i, r, l))
+    check(run, lambda x, a, c: torch.einsum("nij,jrk,irl->nkl", x, a, c), tensors, torch.float32, terms=i * j * r + n * i * k)
+
+
+@pytest.mark.parametrize("empty", range(6))
+def test_size_zero(empty):
+    sizes = [3, 2, 4, 2, 3, 2]
+    sizes[empty] = 0
+    n, i, j, r, k, l = sizes
+    check(chain, exact, (strided(n, i, j), strided(i, j, r, k), strided(k, i, r, l)), torch.float32, terms=20)
+
+
+def test_only_some_gradients():
+    x, a, c = (t.float().to(DEVICE) for t in (strided(5, 2, 3), strided(2, 3, 2, 2), strided(2, 2, 2, 3)))
+    (gradient,) = torch.autograd.grad(chain(x, a.requires_grad_(), c).sum(), a)
+    (want,) = torch.autograd.grad(exact(x, a, c).sum(), a)
+    torch.testing.assert_close(gradient, want)
+
+
+def test_second_derivative():
+    x, a, c = (t.to(DEVICE).float().requires_grad_() for t in (strided(3, 2, 2), strided(2, 2, 1, 2), strided(2, 2, 1, 2)))
+    found = []
+    for f in (chain, exact):
+        (first,) = torch.autograd.grad(f(x, a, c).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (x, a, c)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_forward_mode_is_not_silently_zero():
+    x, a, c = (t.to(DEVICE).float() for t in (strided(3, 2, 2), strided(2, 2, 1, 2), strided(2, 2, 1, 2)))
+    _, tangent = torch.func.jvp(lambda x: chain(x, a, c), (x,), (x,))
+    torch.testing.assert_close(tangent, chain(x, a, c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype):
+    """float64 takes the torch path."""
+    operands = [t.to(DEVICE, dtype).requires_grad_() for t in (strided(5, 2, 3, order=(2, 1, 0)), strided(2, 3, 2, 2), strided(2, 2, 2, 3))]
+    torch.library.opcheck(torch.ops.tn.chain.default, operands)
+
+
+def test_wrong_shapes_and_dtypes():
+    x, a, c = torch.ones(5, 2, 3, device=DEVICE), torch.ones(2, 3, 2, 2, device=DEVICE), torch.ones(2, 2, 2, 3, device=DEVICE)
+    with pytest.raises(OperatorError, match=r"chain of x \(5, 2, 3\), a \(2, 3, 2, 2\), c \(2, 2, 3\): expected \(n i j\)"):
+        chain(x, a, c[0])
+    with pytest.raises(OperatorError, match="chain of torch.float32, torch.float32 and torch.float16: expected one dtype"):
+        chain(x, a, c.half())

@@ -1,8 +1,8 @@
 """Kernels run on a GPU when there is one, otherwise on the CPU in Triton's interpreter; fresh memory is NaN.
 
 Triton decides when it is imported whether kernels will be interpreted, and so do the modules that define them. So the switch is set while
-they are imported (by tests/conftest.py, before others import triton), taken back for everyone else, and set again while a test of this folder runs.
-"""
+they are imported (tests/conftest.py does it before others import triton), taken back for everyone else, and set again while a test of this
+folder runs.
 
 import os
 

@@ -3,6 +3,7 @@
 Triton decides when it is imported whether kernels will be interpreted, and so do the modules that define them. So the switch is set while
 they are imported (tests/conftest.py does it before others import triton), taken back for everyone else, and set again while a test of this
 folder runs.
+"""
 
 import os
 

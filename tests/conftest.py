@@ -1,6 +1,7 @@
 """Settings every test runs under: one thread, a deterministic hypothesis, no network."""
 
 import os
+from pathlib import Path
 
 # Before torch is imported: pytest-xdist runs one worker per core, and child processes inherit the setting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,16 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config):
+    """When tests of kernels are asked for, import the kernels before other tests import triton: it decides then whether it interprets."""
+    kernels = Path(__file__).parent / "kernels"
+    given = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if any(path == kernels or path in kernels.parents or kernels in path.parents for path in given):
+        from tests.kernels.interpreter import switch_on
+
+        switch_on()
 
 
 @pytest.fixture(autouse=True)

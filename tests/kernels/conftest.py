@@ -1,26 +1,18 @@
 """Kernels run on a GPU when there is one, otherwise on the CPU in Triton's interpreter; fresh memory is NaN.
 
 Triton decides when it is imported whether kernels will be interpreted, and so do the modules that define them. So the switch is set while
-they are imported here, taken back for everyone else, and set again while a test of this folder runs.
+they are imported (tests/conftest.py does it before others import triton), taken back for everyone else, and set again while a test of this
+folder runs.
 """
 
 import os
-import sys
 
 import pytest
 import torch
 
-SWITCH = "TRITON_INTERPRET"
+from tests.kernels.interpreter import SWITCH, switch_on
 
-if not torch.cuda.is_available():
-    if "triton" in sys.modules:
-        raise pytest.UsageError("triton was imported before tests/kernels could switch its interpreter on")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SWITCH, "1")
-        from tn_kernels import launch
-
-    # Otherwise every test here would quietly compare torch with torch.
-    assert launch.INTERPRETED
+switch_on()
 
 
 @pytest.fixture(autouse=True)

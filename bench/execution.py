@@ -183,22 +183,21 @@ def main(arguments: list[str]) -> int:
     def chosen(family: str, width: int) -> bool:
         return family.lower().startswith(given.family.lower()) and (not given.width or width in given.width)
 
-    for width, rows, ranks in BTT:
-        for rank in ranks:
-            found += btt_rows(width, rows, rank, given.rounds) if chosen("BTT", width) else []
-    for kind, cases, make in (("Linear", LINEAR, linear_rows), ("compiled", COMPILED, compiled_rows)):
-        for width, rank, rows in cases:
-            found += make(width, rank, rows, given.rounds) if chosen(kind, width) and rows in given.rows else []
-    for layer in LAYERS:
-        for rows in ROWS:
-            if rows in given.rows and chosen(layer.family, layer.width):
-                found += layer_rows(layer, rows, given.rounds)
+    cases = [btt_rows(width, rows, rank, given.rounds) for width, rows, ranks in BTT for rank in ranks if chosen("BTT", width)]
+    for kind, sizes, make in (("Linear", LINEAR, linear_rows), ("compiled", COMPILED, compiled_rows)):
+        cases += [make(*size, given.rounds) for size in sizes if chosen(kind, size[0]) and size[2] in given.rows]
+    layers = [(layer, rows) for layer in LAYERS for rows in ROWS if rows in given.rows and chosen(layer.family, layer.width)]
+    cases += [layer_rows(layer, rows, given.rounds) for layer, rows in layers]
+    for number, case in enumerate(cases, start=1):
+        made = list(case)
+        append(made, given.out)  # case by case: what an interrupted run measured is kept
+        found += made
+        console.print(f"{number} of {len(cases)}: {made[0].case}, {made[0].tokens} rows", highlight=False)
     console.print(_table(found))
     against = [row.ratio for row in found if row.peer in LIBRARIES and row.ratio]
     if against:
         mean = math.exp(sum(map(math.log, against)) / len(against))
         console.print(f"{len(against)} cells against the best of three libraries: geometric mean {mean:.2f} ×, least {min(against):.2f} ×")
-    append(found, given.out)
     console.print(f"rows: {given.out}", highlight=False)
     return 0
 

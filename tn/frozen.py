@@ -1,4 +1,4 @@
-"""Evaluation with frozen weights: where one dense product is faster, the cores are merged once and the matrix is kept."""
+"""Evaluation with frozen weights: where one dense product is faster, the matrix is made once and kept."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ from tn.contraction import Contraction, program
 from tn.errors import OperatorError
 from tn.network import Network
 from tn.plan import SEGMENTS, plan
-from tn.spec import ROWS, Spec, Term
+from tn.spec import ROWS
 
 _CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
 
@@ -20,10 +20,12 @@ _CALLS = 4  # small operators' time that a contraction takes more than a product
 class _Merged:
     """The matrix of a layer with one input, kept while its cores stay as they are."""
 
-    def __init__(self, layer: Contraction, network: Network) -> None:
-        self.layer, self.network = layer, network
-        self.d_in, self.d_out = (math.prod(network.sizes[axis] for axis in dim) for dim in network.output.dims)
-        self.cores = [getattr(layer, name) for name in layer.network.cores]
+    def __init__(self, layer: Contraction) -> None:
+        self.layer, network = layer, layer.network
+        self.place = network.names.index(network.inputs[0])
+        self.shape = [math.prod(network.sizes[axis] for axis in dim) for dim in network.term(network.inputs[0]).dims[1:]]
+        self.d_in, self.d_out = math.prod(self.shape), math.prod(network.sizes[axis] for axis in network.output.axes if axis != ROWS)
+        self.cores = [getattr(layer, name) for name in network.names if name in network.cores]
         self.state: tuple = ()
         self.matrices: dict[torch.dtype, Tensor] = {}
         self.wins: dict[tuple, bool] = {}
@@ -42,16 +44,11 @@ class _Merged:
         matrix = self.matrices.get(x.dtype)
         if matrix is None:
             matrix = self.matrices[x.dtype] = self._merge(x.dtype)
-        return nn.functional.linear(x.reshape(*x.shape[: x.dim() - self.tail], self.d_in), matrix)
+        return nn.functional.linear(x.reshape(*x.shape[: x.dim() - len(self.shape)], self.d_in), matrix)
 
     def refresh(self) -> None:
         """Forget the matrix."""
         self.matrices = {}
-
-    @property
-    def tail(self) -> int:
-        """Stored dimensions of the input besides the leading ones."""
-        return len(self.layer.network.term(self.layer.network.inputs[0]).dims) - 1
 
     def _wins(self, x: Tensor, rows: int) -> bool:
         contraction = plan(self.layer.network, rows=rows, dtype=x.dtype, device=x.device)
@@ -60,23 +57,22 @@ class _Merged:
         return dense < contraction.seconds + _CALLS * table.element
 
     def _merge(self, dtype: torch.dtype) -> Tensor:
-        """(out, in), merged in at least fp32."""
-        wide = torch.promote_types(self.cores[0].dtype, torch.float32)
-        merge = program(plan(self.network, dtype=wide, device=self.cores[0].device), "planned")
-        with torch.autocast(self.cores[0].device.type, enabled=False):
-            return merge(*(core.detach().to(wide) for core in self.cores)).mT.contiguous().to(dtype)
+        """(out, in): the contraction of the identity, in at least fp32."""
+        first = self.cores[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        run = program(plan(self.layer.network, rows=self.d_in, dtype=wide, device=first.device), "planned")
+        operands = [core.detach().to(wide) for core in self.cores]
+        operands.insert(self.place, torch.eye(self.d_in, dtype=wide, device=first.device).reshape(self.d_in, *self.shape))
+        with torch.autocast(first.device.type, enabled=False):
+            return run(*operands).reshape(self.d_in, self.d_out).mT.contiguous().to(dtype)
 
 
-def merged_network(network: Network) -> Network | None:
-    """The cores contracted into a matrix (input axes, output axes), if the network is a matrix applied to its one input."""
-    if len(network.inputs) != 1 or len(network.names) != len(network.spec.operands) or network.dynamic != (ROWS,):
-        return None
-    inputs, outputs = (tuple(axis for axis in term.axes if axis != ROWS) for term in (network.term(network.inputs[0]), network.output))
-    if set(inputs) & set(outputs) or len(set(inputs)) < len(inputs) or not network.cores:
-        return None
-    cores = tuple(network.term(name) for name in network.cores)
-    known = tuple((axis, size) for axis, size in network.known)
-    return Network(Spec(cores, (Term("", (inputs, outputs)),)), known)
+def _is_matrix(network: Network) -> bool:
+    """Whether the network is a matrix applied to the rows of its one input."""
+    roles = len(network.inputs) == 1 and bool(network.cores) and not network.consts and len(network.names) == len(network.spec.operands)
+    if not roles or network.dynamic != (ROWS,):
+        return False
+    return all(ROWS in term.axes for term in (network.term(network.inputs[0]), network.output))
 
 
 @contextlib.contextmanager
@@ -104,8 +100,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     layers = [module for module in model.modules() if isinstance(module, Contraction)]
     before = [layer._merged for layer in layers]
     for layer in layers:
-        network = merged_network(layer.network)
-        layer._merged = _Merged(layer, network) if network is not None else None
+        layer._merged = _Merged(layer) if _is_matrix(layer.network) else None
 
     def forget(*_: object) -> None:
         for layer in layers:

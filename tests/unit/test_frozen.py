@@ -14,7 +14,7 @@ def layer_of(structure: str = "btt", **options: int) -> tn.StructuredLinear:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 100, 600])
-@pytest.mark.parametrize("structure", ["dense", "low_rank", "btt"])
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "btt", "monarch", "blast", "tt", "kronecker", "block_diagonal"])
 def test_frozen_layers_give_the_same(structure, rows):
     layer, x = layer_of(structure), torch.randn(2, rows, 64)
     with torch.no_grad():

@@ -187,6 +187,7 @@ class Contraction(nn.Module):
         operands = [
             next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
         ]
+        stored = operands
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
         first, lead = operands[0], self._lead
@@ -197,8 +198,8 @@ class Contraction(nn.Module):
             return next(run for below, run in self._compiled if rows < below)(operands)
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
         segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
-        if self._merged is not None and grads is None and not self.training:
-            merged = self._merged(operands[self.network.names.index(self._inputs[0])], segment)
+        if self._merged is not None and grads is None and not self.training and not torch._C._are_functorch_transforms_active():
+            merged = self._merged(stored, operands, segment)
             if merged is not None:
                 return self._shaped(merged)
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
@@ -251,7 +252,7 @@ class Contraction(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled", "_merged")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -25,25 +25,33 @@ class _Merged:
         self.place = network.names.index(network.inputs[0])
         self.shape = [math.prod(network.sizes[axis] for axis in dim) for dim in network.term(network.inputs[0]).dims[1:]]
         self.d_in, self.d_out = math.prod(self.shape), math.prod(network.sizes[axis] for axis in network.output.axes if axis != ROWS)
-        self.cores = [getattr(layer, name) for name in network.names if name in network.cores]
-        self.state: tuple = ()
+        self.held: list[tuple[Tensor, int, int]] = []  # the cores it was made of, with their version and address
         self.matrices: dict[torch.dtype, Tensor] = {}
         self.wins: dict[tuple, bool] = {}
 
-    def __call__(self, x: Tensor, segment: int) -> Tensor | None:
-        """The result by one product, or None where the contraction is predicted to be faster."""
+    def __call__(self, stored: list[Tensor], operands: list[Tensor], segment: int) -> Tensor | None:
+        """The result by one product, or None where the contraction is predicted to be faster.
+
+        Args:
+            stored: the operands as they are kept. operands: in the dtype to compute in. segment: which range of rows the call is in.
+        """
+        x, place = operands[self.place], self.place
         key = (x.dtype, x.device, segment)
         wins = self.wins.get(key)
         if wins is None:
             wins = self.wins[key] = self._wins(x, SEGMENTS[segment][1])
-        if not wins:
+        cores = [tensor for i, tensor in enumerate(stored) if i != place]
+        if not wins or any(core.is_inference() or operand.dtype is not x.dtype for core, operand in zip(stored, operands, strict=True)):
             return None
-        state = tuple([(core._version, core.data_ptr()) for core in self.cores])
-        if state != self.state:
-            self.state, self.matrices = state, {}
+        held = self.held
+        if len(held) != len(cores) or any(
+            kept is not core or version != core._version or address != core.data_ptr()
+            for (kept, version, address), core in zip(held, cores, strict=True)
+        ):
+            self.held, self.matrices = [(core, core._version, core.data_ptr()) for core in cores], {}
         matrix = self.matrices.get(x.dtype)
         if matrix is None:
-            matrix = self.matrices[x.dtype] = self._merge(x.dtype)
+            matrix = self.matrices[x.dtype] = self._merge(cores, x.dtype)
         return nn.functional.linear(x.reshape(*x.shape[: x.dim() - len(self.shape)], self.d_in), matrix)
 
     def refresh(self) -> None:
@@ -54,14 +62,14 @@ class _Merged:
         contraction = plan(self.layer.network, rows=rows, dtype=x.dtype, device=x.device)
         table = contraction.machine
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
-        return dense < contraction.seconds + _CALLS * table.element
+        return x.is_floating_point() and dense < contraction.seconds + _CALLS * table.element
 
-    def _merge(self, dtype: torch.dtype) -> Tensor:
+    def _merge(self, cores: list[Tensor], dtype: torch.dtype) -> Tensor:
         """(out, in): the contraction of the identity, in at least fp32."""
-        first = self.cores[0]
+        first = cores[0]
         wide = torch.promote_types(first.dtype, torch.float32)
         run = program(plan(self.layer.network, rows=self.d_in, dtype=wide, device=first.device), "planned")
-        operands = [core.detach().to(wide) for core in self.cores]
+        operands = [core.detach().to(wide) for core in cores]
         operands.insert(self.place, torch.eye(self.d_in, dtype=wide, device=first.device).reshape(self.d_in, *self.shape))
         with torch.autocast(first.device.type, enabled=False):
             return run(*operands).reshape(self.d_in, self.d_out).mT.contiguous().to(dtype)
@@ -98,9 +106,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     if model.training:
         raise OperatorError("tn.frozen evaluates a model with frozen weights, this one is in training mode; call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, Contraction)]
-    before = [layer._merged for layer in layers]
-    for layer in layers:
-        layer._merged = _Merged(layer) if _is_matrix(layer.network) else None
+    ours = [layer for layer in layers if layer._merged is None and _is_matrix(layer.network)]  # an outer block keeps its own
+    for layer in ours:
+        layer._merged = _Merged(layer)
 
     def forget(*_: object) -> None:
         for layer in layers:
@@ -111,5 +119,5 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         hook.remove()
-        for layer, previous in zip(layers, before, strict=True):
-            layer._merged = previous
+        for layer in ours:
+            layer._merged = None

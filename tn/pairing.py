@@ -322,7 +322,7 @@ def _price(form: _Form, extent: Mapping[str, int], volumes: list[int], streams: 
     for size, move in zip(volumes, form.moves, strict=True):
         if move is not None:
             length, stride = (_product(part, extent) for part in move)
-            seconds += machine.element + machine.reorder(size, size // _BYTES // length, _BYTES * stride if length == 1 else None)
+            seconds += machine.element + machine.reorder(size, size // _BYTES // max(length, 1), _BYTES * stride if length == 1 else None)
     return kind, seconds
 
 

@@ -67,6 +67,11 @@ class Plan:
     floor: float = 0.0
     others: tuple[tuple[float, Path, int | None], ...] = ()
 
+    def __post_init__(self) -> None:
+        tile = self.tile
+        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 2):
+            raise PlanError(f"tile is {tile!r}, expected at least 2 rows, or None for all at once")
+
     @functools.cached_property
     def size(self) -> Mapping[str, int]:
         """axis → size the plan was made for."""
@@ -264,13 +269,15 @@ def plan(
     """
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
-    wanted = set(grad)
+    wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
         network.term(name)
     given = {**({ROWS: rows} if rows is not None else {}), **(sizes or {})}
     for axis, extent in given.items():
         if axis not in network.axes:
             raise SizeError(unknown("axis", axis, network.axes))
+        if isinstance(extent, bool) or not isinstance(extent, int) or extent < 0:
+            raise SizeError(f"axis {axis!r} has size {extent!r}, expected an integer ≥ 0")
         if network.sizes.get(axis, extent) != extent:
             raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.

@@ -243,7 +243,7 @@ def _plain_source(plan: Plan) -> str:
     writer = Writer(plan)
     _, result = _forward_body(writer, strided=False)
     text = _new(writer, result)
-    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(), f"    return {text}", ""])
+    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
 
 
 def _fast_source(plan: Plan) -> str:

@@ -32,9 +32,9 @@ class Writer:
     def add(self, line: str) -> None:
         self.lines.append(f"{self.indent}{line}")
 
-    def finish(self) -> list[str]:
-        """The lines, without the number of rows where nothing asks for it."""
-        asked = sum(len(re.findall(rf"\b{self.rows}\b", line)) for line in self.lines)
+    def finish(self, returned: str) -> list[str]:
+        """The lines, without the number of rows where neither they nor what is returned ask for it."""
+        asked = sum(len(re.findall(rf"\b{self.rows}\b", line)) for line in [*self.lines, returned])
         return [line for line in self.lines if asked > 1 or not line.lstrip().startswith(f"{self.rows} = ")]
 
     def variable(self, axis: str) -> str:

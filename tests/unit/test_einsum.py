@@ -396,3 +396,10 @@ def test_copies_are_counted():
     with Copies() as copies:
         torch.randn(3, 4).mT.contiguous()
     assert copies.count == 1
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (4, 3), (5, 3)), ((2, 0), (0, 3), (5, 3)), ((0, 0), (0, 0), (0, 0))])
+def test_empty_operands_are_planned_first(shapes):
+    operands = [np.ones(shape) for shape in shapes]
+    assert np.array_equal(tn.einsum("bi,ir,or->bo", *operands), np.einsum("bi,ir,or->bo", *operands))
+    tn.contract_path("bi,ir,or->bo", *shapes, shapes=True)

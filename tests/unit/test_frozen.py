@@ -84,3 +84,36 @@ def test_half_precision_merges_in_fp32():
     with torch.no_grad(), tn.frozen(layer):
         layer(x)
         assert torch.allclose(merged(layer), wide.to_dense().to(torch.bfloat16), rtol=2**-7)
+
+
+def test_replaced_parameters_and_given_ones_are_used():
+    layer, x = layer_of(rank=6), torch.randn(3, 64)
+    zeros = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
+    with torch.no_grad(), tn.frozen(layer):
+        assert layer(x).abs().max() > 0
+        assert torch.func.functional_call(layer, zeros, (x,)).abs().max() == 0
+        assert layer(x).abs().max() > 0
+        layer.first = torch.nn.Parameter(torch.zeros_like(layer.first))
+        assert torch.equal(layer(x), layer.bias.expand(3, -1))
+
+
+def test_nested_blocks_share_what_they_keep_and_copies_leave_it():
+    layer, x = layer_of(rank=6), torch.randn(3, 64)
+    with torch.no_grad(), tn.frozen(layer):
+        layer(x)
+        with tn.frozen(layer):
+            layer.first.data.zero_()
+            layer.refresh()
+        assert torch.equal(layer(x), layer.bias.expand(3, -1))
+        assert copy.deepcopy(layer)._merged is None
+        with pytest.raises(RuntimeError):
+            layer(torch.arange(64)[None])
+    assert layer._merged is None
+
+
+def test_layers_made_in_inference_mode_run():
+    with torch.inference_mode():
+        layer, x = layer_of(rank=6), torch.randn(3, 64)
+        want = layer(x)
+        with tn.frozen(layer):
+            assert torch.allclose(layer(x), want, atol=1e-5)

@@ -1,6 +1,7 @@
 """Findings of people who tried to break the core, kept as tests."""
 
 import copy
+import dataclasses
 import linecache
 import threading
 
@@ -160,3 +161,18 @@ def test_tracebacks_show_the_program_that_ran():
 def test_deepcopy_of_a_parametrised_layer():
     layer = parametrizations.weight_norm(tn.StructuredLinear(32, 48, structure="btt"), "first")
     assert torch.equal(copy.deepcopy(layer)(torch.ones(1, 32)), layer(torch.ones(1, 32)))
+
+
+@pytest.mark.parametrize("structure", ["btt", "kronecker"])
+def test_low_precision_with_more_rows_than_the_smallest_range(structure):
+    layer = tn.StructuredLinear(64, 6, structure=structure)
+    x = torch.randn(40, 64)
+    want = layer(x)
+    assert torch.allclose(layer.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("tile", [0, 1, -1, 2.5, True])
+def test_impossible_tiles_are_refused(tile):
+    plan = tn.plan(tn.network("x: ... i, a: i r, c: r o -> ... o", dict(i=3, r=2, o=4), cores=("a", "c")))
+    with pytest.raises(tn.PlanError, match="expected at least 2 rows"):
+        dataclasses.replace(plan, tile=tile)

@@ -165,6 +165,9 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
     tensors = _tensors(operands)
     if is_symbolic(tensors):
         return contract_call(spec, tensors, backend)
+    kind = tensors[0].dtype if tensors else torch.float32
+    if kind in _WIDER:
+        return _NARROWED[kind](contract(spec, *(tensor.to(_WIDER[kind]) for tensor in tensors), backend=backend))
     net = _network(spec)
     sizes = _sizes(net, spec, [tuple(tensor.shape) for tensor in tensors])
     run = family(_structure(net.spec, tensors, "auto", backend)).find(sizes)

@@ -403,3 +403,9 @@ def test_empty_operands_are_planned_first(shapes):
     operands = [np.ones(shape) for shape in shapes]
     assert np.array_equal(tn.einsum("bi,ir,or->bo", *operands), np.einsum("bi,ir,or->bo", *operands))
     tn.contract_path("bi,ir,or->bo", *shapes, shapes=True)
+
+
+def test_contract_takes_truth_values():
+    a, b = torch.rand(4, 5) > 0.5, torch.rand(5, 3) > 0.5
+    got = tn.contract("i j, j k -> i k", a, b)
+    assert got.dtype is torch.bool and torch.equal(got, (a.double() @ b.double()) != 0)

@@ -45,7 +45,7 @@ class _Clock:
 
 
 def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32, budget: float = 0.002, name: str = "") -> Machine:
-    """Measure the machine table of a device, in about 20 s on a CPU. Nothing else should run meanwhile.
+    """Measure the machine table of a device, in about half a minute on a CPU. Nothing else should run meanwhile.
 
     Args:
         device, dtype: to measure; the number of threads is torch's current one.

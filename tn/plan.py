@@ -51,7 +51,7 @@ class Plan:
         tile: rows worked on at a time, so that intermediates stay in cache; None to take all rows at once. With tiles, the backward
             pass makes the intermediates again instead of keeping them.
         machine: the table of rates behind the predicted times.
-        floor: seconds below which no tree that was looked at can be predicted, whatever its layout.
+        floor: seconds of the best tree that was looked at, if each step took all rows at once in its own best layout, nothing broadcast.
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
     """
 
@@ -358,7 +358,7 @@ def _table(plan: Plan) -> str:
         more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0
         lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
     if plan.floor:
-        lines.append(f"  no order of contraction can be predicted below {plan.floor * 1e6:.0f} µs for all rows at once")
+        lines.append(f"  with every step in a layout of its own, all rows at once: {plan.floor * 1e6:.0f} µs for the best order")
     return "\n".join(lines)
 
 

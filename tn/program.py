@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tn import tiles
 from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
+from tn.operators import transforming
 from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.spec import ROWS
@@ -142,7 +142,7 @@ def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _transforming() -> bool:
     """Whether something has to see through the operations: torch.compile, a torch.func transform or forward-mode derivatives."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or transforming()
 
 
 def fits_fast(operands: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tn.errors import SizeError
 from tn.order import Axes
 from tn.pairing import Pairing, is_run
-from tn.plan import Plan
+from tn.plan import Plan, Step
 from tn.spec import ROWS, Term
 
 
@@ -16,6 +16,11 @@ class Value:
 
     def __init__(self, name: str, order: Axes, dims: tuple[Axes, ...] | None) -> None:
         self.name, self.order, self.dims = name, order, dims
+
+    def renamed(self, names: Mapping[str, str]) -> "Value":
+        """The same tensor with other names for its axes."""
+        dims = None if self.dims is None else tuple(tuple(names[axis] for axis in dim) for dim in self.dims)
+        return Value(self.name, tuple(names[axis] for axis in self.order), dims)
 
 
 class Writer:
@@ -84,7 +89,7 @@ class Writer:
 
     def _guard(self, checks: list[str]) -> None:
         if checks:
-            self.add(f"if {' or '.join(checks)}:")
+            self.add(f"if {' or '.join(dict.fromkeys(checks))}:")
             self.add(f"    mismatch({', '.join(self.plan.network.names)})")
 
     def _solve(self, pending: list[tuple[str, Axes]], checks: list[str], sizes: list[str]) -> None:
@@ -134,6 +139,13 @@ class Writer:
         if tuple(kept) != tuple(axes):
             self.add(f"{split} = {split}.permute({', '.join(str(kept.index(axis)) for axis in axes)})")
         return Value(split, tuple(axes), tuple((axis,) for axis in axes))
+
+    def value(self, values: Mapping[int, Value], number: int) -> Value:
+        """An SSA value of the plan; one that equals an earlier one is that one, by its own axes."""
+        if number not in self.plan.same:
+            return values[number]
+        first, names = self.plan.same[number]
+        return values[first].renamed(names)
 
     def view(self, value: Value, groups: Sequence[Axes], copy: bool = False) -> str:
         """An expression for the value with one dimension a group, in the given order."""
@@ -188,6 +200,16 @@ class Writer:
         target = Value(name, order, memory)
         self.write(left, right, p, target)
         return target
+
+    def add_into(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
+        """Add one step to an existing tensor."""
+        if p.kind in ("mm", "bmm") and p.batch_on != "operands" and p.out != "copy":
+            call, a, b, groups = self._matrices(left, right, p)
+            self.add(f"{self.view(target, groups)}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
+        else:
+            call, groups = self._call(left, right, target.order, p)
+            dims = [(axis,) for group in groups for axis in group]
+            self.add(f"{self.view(target, dims)}.add_({call}).reshape({self.shape(dims) or '()'}))")
 
     def accumulate(self, left: Value, right: Value, order: Axes, p: Pairing, name: str) -> Value:
         """Add one step to a tensor of the step's own shape."""
@@ -272,6 +294,56 @@ class Writer:
         if value.order == term.axes and value.dims == term.dims:
             return f"({text} if len(lead) == 1 else {text}.reshape(lead + {shape}))"
         return f"{text}.reshape(lead + {shape})"
+
+
+class Gradients:
+    """The gradients of a plan's values while they are written; what several steps contribute to one value is summed."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer, self.plan = writer, writer.plan
+        self.values: dict[int, Value] = {}  # of the values that are computed
+        self._ours: set[int] = set()  # that may be written to
+
+    def give(self, value: int, made: Value, ours: bool = False) -> None:
+        """Take the gradient of a value, or one of several."""
+        first = self.plan.first(value)
+        if value in self.plan.same:
+            made = made.renamed({mine: theirs for theirs, mine in self.plan.same[value][1].items()})
+        if first in self.values:
+            dims = tuple((axis,) for axis in made.order)
+            texts = [self.writer.view(part, dims) for part in (self.values[first], made)]
+            self.writer.add(f"d{first} = {' + '.join(texts)}")
+            made, ours = Value(f"d{first}", made.order, dims), True
+        self.values[first] = made
+        self._ours |= {first} if ours else set()
+
+    def of(self, value: int) -> Value:
+        """The gradient of a value, by its own axes."""
+        return self.writer.value(self.values, value)
+
+    def open(self, value: int) -> bool:
+        """Whether a step can add to the gradient of a value: there is one, and it is ours."""
+        return self.plan.first(value) in self._ours
+
+    def add(self, step: Step, other: Value) -> None:
+        """Write a gradient step; that of a square is twice that of one factor."""
+        above, twice = self.of(step.left), self.plan.squares(step.right, step.out)
+        if self.open(step.out):
+            for _ in range(1 + twice):
+                self.writer.add_into(above, other, step.pairing, self.of(step.out))
+            return
+        made = self.writer.product(above, other, self.plan.orders[step.out], step.pairing, f"d{step.out}", True)
+        if twice:
+            self.writer.add(f"{made.name}.mul_(2)")
+        self.give(step.out, made, ours=True)
+
+    def returned(self, needs: Sequence[bool]) -> str:
+        """One gradient, or None, per name of the network."""
+        found = []
+        for name in self.plan.network.names:
+            mine = [i for i, term in enumerate(self.plan.terms) if term.name == name and needs[i] and i not in self.plan.same]
+            found.append(" + ".join(self.writer.result(self.values[i], self.plan.terms[i]) for i in mine) or "None")
+        return ", ".join(found)
 
 
 def _place(order: Axes, group: Axes, sizes: Mapping[str, int]) -> int:

@@ -29,9 +29,11 @@ from tn.plan import Plan, plan
 from tn.spec import ROWS
 from tn.writer import Gradients, Value, Writer, tuple_of
 
+_autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked up once: a call takes a microsecond or two
+
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbegy]\d+(_t)?|n_\w+|n|rows|lead|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbegy]\d+(_t)?|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -64,11 +66,11 @@ class Program:
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Any:
-        if torch._C._is_any_autocast_enabled():
+        if _autocasting():
             operands = tuple(autocast(operands))
         fast = self.fast
         if fast is None or _transforming() or not fits_fast(operands):
-            if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
+            if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
                 with torch.autocast("cpu", enabled=False):
                     return _halved(self(*(operand.float() for operand in operands)))
             return self.plain(*operands)

@@ -61,8 +61,7 @@ class Writer:
 
     def prologue(self) -> None:
         """Check the shapes and name the dynamic sizes. The checks are cheap; `mismatch` then finds the words for what is wrong."""
-        network, known = self.plan.network, self.plan.network.sizes
-        lead = next((term.name for term in network.spec.operands if ROWS in term.axes), None)
+        network, known, lead = self.plan.network, self.plan.network.sizes, self.lead
         ranks: list[str] = []
         sizes: list[str] = []
         checks: list[str] = []
@@ -75,17 +74,25 @@ class Writer:
                 continue
             if ROWS not in term.axes:
                 ranks.append(f"{name}.dim() != {len(dims)}")
-            elif name == lead and not sizes:
+            elif lead is not None and term == lead:
                 ranks.append(f"{name}.dim() < {len(dims)}")
-                sizes += [f"lead = {name}.shape{cut}", f"{self.variable(ROWS)} = prod(lead)"]
-            else:
-                checks.append(f"{name}.shape{cut} != lead")
+            elif lead is not None:
+                checks.append(f"{name}.shape{cut} != {_leading(lead)}")
             pending += [(f"{name}.shape[{i - len(dims)}]", dim) for i, dim in enumerate(dims)]
         self._solve(pending, checks, sizes)
-        self._guard(ranks)
+        if sizes:
+            self._guard(ranks)
+            ranks = []
         for line in sizes:
             self.add(line)
-        self._guard(checks)
+        self._guard([*ranks, *checks])
+        if lead is not None:
+            self.add(f"{self.variable(ROWS)} = prod({_leading(lead)})")
+
+    @property
+    def lead(self) -> Term | None:
+        """The operand that says what the leading dimensions are."""
+        return next((term for term in self.plan.network.spec.operands if ROWS in term.axes), None)
 
     def _guard(self, checks: list[str]) -> None:
         if checks:
@@ -120,7 +127,9 @@ class Writer:
         if simple and len(term.dims) <= 2:  # one matrix of rows, without a view where it is one already
             flat = self.fresh()
             rest = f", {self.extent(term.dims[1])}" if term.dims[1:] else ","
-            self.add(f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape((prod(lead){rest}))")
+            self.add(
+                f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape((prod({_leading(term)}){rest}))"
+            )
             return Value(flat, term.axes, term.dims)
         if simple:
             return Value(term.name, term.axes, None)
@@ -291,9 +300,12 @@ class Writer:
         shape = tuple_of([self.extent(dim) for dim in dims])
         if ROWS not in term.axes:
             return f"{text}.reshape({shape})"
+        lead = self.lead
+        assert lead is not None
+        whole = f"{text}.reshape({_leading(lead)} + {shape})"
         if value.order == term.axes and value.dims == term.dims:
-            return f"({text} if len(lead) == 1 else {text}.reshape(lead + {shape}))"
-        return f"{text}.reshape(lead + {shape})"
+            return f"({text} if {lead.name}.dim() == {len(lead.dims)} else {whole})"
+        return whole
 
 
 class Gradients:
@@ -344,6 +356,11 @@ class Gradients:
             mine = [i for i, term in enumerate(self.plan.terms) if term.name == name and needs[i] and i not in self.plan.same]
             found.append(" + ".join(self.writer.result(self.values[i], self.plan.terms[i]) for i in mine) or "None")
         return ", ".join(found)
+
+
+def _leading(term: Term) -> str:
+    """The leading dimensions of an operand with rows."""
+    return f"{term.name}.shape" + (f"[:{1 - len(term.dims)}]" if len(term.dims) > 1 else "")
 
 
 def _place(order: Axes, group: Axes, sizes: Mapping[str, int]) -> int:

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from tn import order
+from tn import memory, order, slices
 from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.layout import Job, bound, choose
+from tn.goals import GOALS, best, least
+from tn.layout import Job, choose
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
 from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
-FORMAT = 2  # of the JSON
-GOALS = ("time", "flops")
+FORMAT = 3  # of the JSON
 _TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
 _SHOWN = 3  # plans not chosen that a plan remembers
@@ -53,6 +53,8 @@ class Plan:
         machine: the table of rates behind the predicted times.
         floor: seconds of the best tree that was looked at, if each step took all rows at once in its own best layout, nothing broadcast.
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
+        slices: (axis, size of a slice) of the axes that are worked on slice by slice to save memory; see tn.slices.
+        itemsize: bytes of an element.
     """
 
     network: Network
@@ -66,6 +68,8 @@ class Plan:
     machine: Machine = field(repr=False)
     floor: float = 0.0
     others: tuple[tuple[float, Path, int | None], ...] = ()
+    slices: tuple[tuple[str, int], ...] = ()
+    itemsize: int = 4
 
     def __post_init__(self) -> None:
         tile = self.tile
@@ -83,9 +87,34 @@ class Plan:
         return leaf_axes(self.network)
 
     @functools.cached_property
+    def slice_size(self) -> Mapping[str, int]:
+        """axis → size in one slice; without slices, all of it."""
+        return {**self.size, **dict(self.slices)}
+
+    @functools.cached_property
     def step_size(self) -> Mapping[str, int]:
-        """axis → size that a step works on: with tiles, the rows of one."""
-        return self.size if self.tile is None else {**self.size, ROWS: self.tile}
+        """axis → size that a step works on: in one slice, and with tiles, the rows of one."""
+        return self.slice_size if self.tile is None else {**self.slice_size, ROWS: self.tile}
+
+    @property
+    def slice_count(self) -> int:
+        """How many slices there are."""
+        return math.prod(-(-self.size[axis] // size) for axis, size in self.slices)
+
+    @functools.cached_property
+    def memory(self) -> memory.Memory:
+        """Bytes that the program keeps for the gradients, and the most alive at once, forward and backward; see tn.memory."""
+        return slices.measure(self) if self.slices else memory.measure(self)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of intermediates that the forward pass keeps for the gradients in `grad`."""
+        return self.memory.saved
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of intermediates and workspace alive at once, forward and backward; operands, result and gradients apart."""
+        return self.memory.peak
 
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -115,25 +144,31 @@ class Plan:
             needs.append(needs[left] or needs[right])
         return tuple(needs)
 
+    @functools.cached_property
+    def kept(self) -> tuple[int, ...]:
+        """SSA values that the forward pass keeps for the gradients in `grad` (with tiles or slices, for few rows only)."""
+        return memory.kept(self.path, self.needs, len(self.leaves))
+
     @property
     def tree(self) -> Any:
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
 
     def times(self, step: Step) -> float:
-        """How often a step, or a gradient step, runs: once a tile if it has rows."""
+        """How often a step, or a gradient step, runs: once a tile if it has rows, once a slice."""
         rows = ROWS in self.orders[step.left] or ROWS in self.orders[step.right]
-        return self.size[ROWS] / self.tile if rows and self.tile else 1.0
+        return self.size[ROWS] / self.tile if rows and self.tile else float(self.slice_count)
 
     @property
     def flops(self) -> int:
         """Forward FLOPs, 2 × the product of the axis sizes of every step."""
-        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.steps)
+        return self.slice_count * sum(step_flops(self.orders[step.left], self.orders[step.right], self.slice_size) for step in self.steps)
 
     @property
     def backward_flops(self) -> int:
         """FLOPs of the gradients in `grad`."""
-        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.backward_steps)
+        steps = self.backward_steps
+        return self.slice_count * sum(step_flops(self.orders[step.left], self.orders[step.right], self.slice_size) for step in steps)
 
     @property
     def seconds(self) -> float:
@@ -144,17 +179,18 @@ class Plan:
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
-        return seconds + self._streaming(self.orders[: len(self.leaves)], self.orders[-1:])
+        return seconds + self._streaming(self.orders[: len(self.leaves)], self.orders[-1:]) + slices.seconds(self, gradients=False)
 
     @property
     def backward_seconds(self) -> float:
-        """Predicted seconds of the gradients in `grad`; with tiles, of making the intermediates again too."""
+        """Predicted seconds of the gradients in `grad`; with tiles or slices, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
-        if not self.tile or not self.grad:
+        if not (self.tile or self.slices) or not self.grad:
             return seconds
         again = sum(self.times(step) * step.pairing.seconds for step in self.steps[:-1] if self.times(step) > 1)
         made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
-        return seconds + again + self._streaming((*self.orders[: len(self.leaves)], self.orders[-1]), made)
+        streaming = self._streaming((*self.orders[: len(self.leaves)], self.orders[-1]), made)
+        return seconds + again + streaming + slices.seconds(self, gradients=True)
 
     def _streaming(self, read: Iterable[Axes], made: Iterable[Axes]) -> float:
         """Seconds that reading and writing whole tensors takes besides, when steps only see a tile of them."""
@@ -193,6 +229,8 @@ class Plan:
             "tile": self.tile,
             "floor": self.floor,
             "others": self.others,
+            "slices": self.slices,
+            "itemsize": self.itemsize,
             "machine": self.machine.name,
             "machine_digest": self.machine.digest,
         }
@@ -222,7 +260,9 @@ class Plan:
         network = Network.from_json(json.dumps(value["network"]))
         others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
         grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
-        return cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, value["floor"], others)
+        sliced = tuple((axis, size) for axis, size in value["slices"])
+        floor, itemsize = value["floor"], value["itemsize"]
+        return cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, floor, others, sliced, itemsize)
 
     def __str__(self) -> str:
         return _table(self)
@@ -250,25 +290,30 @@ def plan(
     search: str = "auto",
     table: Machine | None = None,
     seed: int = 0,
+    memory_limit: int | None = None,
 ) -> Plan:
     """Plan a network: a pure function of its arguments.
 
     Args:
         grad: names of the tensors that need a gradient; their contractions are planned and paid for too.
-        goal: "time" minimises predicted seconds, "flops" floating-point operations.
+        goal: "time" minimises predicted seconds, "flops" floating-point operations, "saved" the bytes kept for the gradients, "peak" the most
+            bytes alive at once; each with the needed gradients.
         rows: size of `...` to plan for. sizes: sizes of other dynamic axes. Both default to 1024; the plan is valid for every size.
-        dtype, device: choose the machine table when `table` is None.
+        dtype, device: choose the machine table when `table` is None; the dtype also says how many bytes an element has.
         search: "auto", "cotengra" (its trees only) or "left_to_right" (as written).
         seed: of cotengra's search when there are many operands.
+        memory_limit: bytes that `Plan.peak_bytes` stays within; where no order does, the best one works slice by slice (tn.slices).
 
     Returns:
         A Plan; `print(plan)` shows every step, its operator and cost.
 
     Raises:
-        PlanError: an unknown goal or search. SizeError: sizes for unknown axes. SpecError: an unknown tensor in `grad`.
+        PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown tensor in `grad`.
     """
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
+    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):
+        raise PlanError(f"memory_limit is {memory_limit!r}, expected a number of bytes ≥ 0, or None")
     wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
         network.term(name)
@@ -282,49 +327,56 @@ def plan(
             raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
-    return _plan(
-        network, tuple(size.items()), tuple(n for n in network.names if n in wanted), goal, search, table or machine(device, dtype), seed
-    )
+    grads = tuple(n for n in network.names if n in wanted)
+    return _plan(network, tuple(size.items()), grads, goal, search, table or machine(device, dtype), seed, dtype.itemsize, memory_limit)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
+    network: Network,
+    sizes: tuple[tuple[str, int], ...],
+    grad: tuple[str, ...],
+    goal: str,
+    search: str,
+    table: Machine,
+    seed: int,
+    itemsize: int,
+    limit: int | None,
 ) -> Plan:
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, method=search, seed=seed)
     job = Job(leaves, output, size, tuple(needs), table)
     plans: list[tuple[float, Plan]] = []
+    score = best(goal)
 
     def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
-        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
+        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table, itemsize=itemsize)
         plans.append((made.seconds, made))
 
-    ranked = sorted((bound(path, job), path) for path in paths)
-    for least, path in ranked[:_LAID_OUT]:
-        if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
+    small = min(_TILES) if table.tiles and ROWS in output and size[ROWS] >= 2 * min(_TILES) else None
+    ranked = sorted((least(goal, path, job, itemsize, small), path) for path in paths)
+    for lowest, path in ranked[:_LAID_OUT]:
+        if goal in ("time", "flops") and plans and lowest >= min(score(made) for _, made in plans):
             break
         add(path, choose(path, job)[1], None)
-    best = _flops if goal == "flops" else _seconds
-    for _, made in sorted(plans, key=best)[: 1 if goal == "flops" else _TILED]:
+    tried = {"time": _TILED, "flops": 1}.get(goal, len(plans))
+    for _, made in sorted(plans, key=lambda entry: score(entry[1]))[:tried]:
         orders: tuple[Axes, ...] = ()
         for tile in _tiles(made):
             tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
             orders = orders or choose(made.path, tiled)[1]
             add(made.path, orders, tile)
-    _, chosen = min(plans, key=best)
+    if limit is not None:
+        by_peak = sorted((least("peak", path, job, itemsize, small), path) for path in paths)[:_LAID_OUT]
+        for path in sorted({path for _, path in by_peak} - {made.path for _, made in plans}):
+            add(path, choose(path, job)[1], None)
+        plans = [(made.seconds, made) for made in slices.within(limit, [made for _, made in plans], score)]
+    chosen = min((made for _, made in plans), key=score)
     others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
-    return dataclasses.replace(chosen, floor=ranked[0][0], others=shown)
-
-
-def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
-    return entry[0], entry[1].flops
-
-
-def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
-    return entry[1].flops + entry[1].backward_flops, entry[0]
+    floor = min(lowest[-1] for lowest, _ in ranked)
+    return dataclasses.replace(chosen, floor=floor, others=shown)
 
 
 def _tiles(plan: Plan) -> list[int]:
@@ -351,8 +403,12 @@ def _table(plan: Plan) -> str:
         lines.append(_row(plan, title, step))
     if plan.tile is not None:
         lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
+    if plan.slices:
+        parts = ", ".join(f"{size} of {axis}" for axis, size in plan.slices)
+        lines.append(f"  in {plan.slice_count} slices of {parts}; nothing kept, intermediates made again for the gradients")
     work = f"forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
     lines.append(f"  {work}, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
+    lines.append(f"  {plan.saved_bytes / 1e6:.2f} MB kept for the gradients, at most {plan.peak_bytes / 1e6:.2f} MB at once")
     for seconds, path, tile in plan.others:
         rows = "all rows at once" if tile is None else f"{tile} rows at a time"
         more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0

@@ -15,11 +15,12 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tn import tiles
+from tn import memory, tiles
 from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
 from tn.operators import transforming
@@ -27,6 +28,9 @@ from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.spec import ROWS
 from tn.writer import Value, Writer, tuple_of
+
+if TYPE_CHECKING:
+    from tn.sliced import Sliced
 
 # Variables and functions of generated code.
 _OURS = re.compile(
@@ -41,16 +45,19 @@ class Program:
         plan: what it runs. source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
         plain: the plain form, called with the operands. fast: the fast form, which returns the result and what the gradient needs; None
             where the plain form is as good.
+
+    Args:
+        own: have the fast form in any case.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, own: bool = False) -> None:
         self.plan = plan
         self.names = plan.network.names
         self._code = _with_safe_names(plan)
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan):
+        if own or _worth_owning(plan):
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -64,7 +71,7 @@ class Program:
         if torch._C._is_any_autocast_enabled():
             operands = tuple(autocast(operands))
         fast = self.fast
-        if fast is None or _transforming() or not fits_fast(operands):
+        if fast is None or see_through() or not fits_fast(operands):
             if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
                 with torch.autocast("cpu", enabled=False):
                     return self(*(operand.float() for operand in operands)).half()
@@ -80,6 +87,10 @@ class Program:
             found, _ = _load(self.plan, "backward", _backward_source(self._code, needs))
             self._backwards[needs] = found
         return found
+
+    def remaking(self, needs: tuple[bool, ...]) -> tuple[Callable[..., tuple[Tensor | None, ...]], str]:
+        """A gradient function that is called with gradient and operands alone and makes the intermediates again, and its source."""
+        return _load(self.plan, "backward", _backward_source(self._code, needs, keep=False))
 
     def opaque_forward(self) -> Callable[..., tuple[Tensor, ...]]:
         """The fast form that returns equally many tensors for every number of rows: all at once, or always tile by tile."""
@@ -124,11 +135,17 @@ class _Owned(torch.autograd.Function):
         program, needs = ctx.program, ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
             return None, *program.backward(needs)(gradient, *ctx.saved_tensors)
-        operands = ctx.saved_tensors[: len(needs)]  # create_graph: differentiate the plain form, which autograd sees through
-        aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
-        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(program.plain(*aliases), wanted, gradient, create_graph=True))
-        return None, *(next(found) if need else None for need in needs)
+        return None, *again(program.plain, ctx.saved_tensors[: len(needs)], needs, gradient)
+
+
+def again(
+    plain: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], gradient: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients that can be differentiated themselves (create_graph): those of the plain form, which autograd sees through."""
+    aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
+    wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(plain(*aliases), wanted, gradient, create_graph=True))
+    return (next(found) if need else None for need in needs)
 
 
 def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -140,7 +157,7 @@ def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
     return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
 
 
-def _transforming() -> bool:
+def see_through() -> bool:
     """Whether something has to see through the operations: torch.compile, a torch.func transform or forward-mode derivatives."""
     return torch.compiler.is_compiling() or transforming()
 
@@ -154,24 +171,29 @@ def fits_fast(operands: Sequence[Tensor]) -> bool:
 
 
 def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
+    """Chains of plain matrix products gain nothing but a little memory from a backward of our own; others lose their copies, tiled ones their
+    traffic.
 
     Diagonals and sums of a single operand keep the tape."""
     simple = all(
         len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True)
     )
-    return simple and (plan.tile is not None or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
+    gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
+    return simple and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
-def compile(target: Network | Plan) -> Program:
-    """A Program for a network (planned with default settings and gradients of its cores and inputs) or for a plan.
+def compile(target: Network | Plan) -> "Program | Sliced":
+    """A Program for a network (planned with default settings and gradients of its cores and inputs) or for a plan; for a sliced plan, its like.
 
     >>> import torch, tn
     >>> f = tn.compile(tn.network("x: ... i, w: i o -> ... o", dict(i=3, o=2)))
     >>> f(torch.ones(4, 3), torch.ones(3, 2)).shape
     torch.Size([4, 2])
     """
-    return Program(target if isinstance(target, Plan) else plan(target, grad=target.names))
+    from tn.sliced import Sliced  # late: it builds on programs
+
+    made = target if isinstance(target, Plan) else plan(target, grad=target.names)
+    return Sliced(made) if made.slices else Program(made)
 
 
 def _load(plan: Plan, form: str, source: str) -> tuple[Callable, str]:
@@ -193,16 +215,17 @@ def _mismatch(network: Network, *operands: Tensor) -> None:
 
 
 def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[list[Value], Value]:
-    """Write all steps; with more rows than a tile, the call `instead`."""
+    """Write all steps; with more rows than a tile, the call `instead`. What autograd's tape or our backward need not see again is deleted."""
     plan = writer.plan
     writer.prologue()
     if instead:
         _hand_over(writer, instead)
     values = _leaves(writer)
-    for step in plan.steps:
+    for step, (*_, dead) in zip(plan.steps, memory.steps(plan.path, len(plan.leaves), plan.kept if strided else ()), strict=True):
         left, right, order = values[step.left], values[step.right], plan.orders[step.out]
         p = step.pairing if strided else pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
         values.append(writer.product(left, right, order, p, f"v{step.out}", strided))
+        writer.delete([values[value].name for value in dead])
     return values, values[-1]
 
 
@@ -249,39 +272,42 @@ def _plain_source(plan: Plan) -> str:
 def _fast_source(plan: Plan) -> str:
     writer = Writer(plan)
     values, result = _forward_body(writer, strided=True, instead=f"forward_tiled({', '.join(plan.network.names)})")
-    saved = [value.name for value in values[len(plan.leaves) : -1]]
+    saved = [values[value].name for value in plan.kept]
     returned = ", ".join([writer.result(result, plan.network.output), *saved])
     whole = "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.lines, f"    return {returned},", ""])
     return whole if plan.tile is None else f"{tiles.forward_source(plan)}\n{whole}"
 
 
-def _backward_source(plan: Plan, needs: Sequence[bool]) -> str:
-    """gradient, operands, saved intermediates → one gradient (or None) per name."""
-    network, writer = plan.network, Writer(plan)
+def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> str:
+    """gradient, operands, saved intermediates → one gradient (or None) per name. What was not kept is made again: all of it without `keep`."""
+    network, writer, count = plan.network, Writer(plan), len(plan.leaves)
     wanted = {name for name, need in zip(network.names, needs, strict=True) if need}
     made, result = _forward_body(Writer(plan), strided=True)
-    intermediates = made[len(plan.leaves) :]
-    saved = [value.name for value in intermediates[:-1]]
+    saved = plan.kept if keep else ()
     writer.prologue()
     _hand_over(writer, f"backward_tiled(gradient, {', '.join(network.names)})")
-    values = [*_leaves(writer), *intermediates]
+    values = [*_leaves(writer), *made[count:]]
     need = [term.name in wanted for term in network.spec.operands]
     for left, right in plan.path:
         need.append(need[left] or need[right])
+    read = memory.kept(plan.path, need, count)
+    again = memory.remade(plan.path, read, saved, count)
+    spent = again.intersection(read)
+    for left, right, out, dead in memory.steps(plan.path, count, {*read, *saved}, again):
+        values[out] = writer.product(values[left], values[right], plan.orders[out], plan.pairing(left, right, out), f"v{out}", True)
+        writer.delete([values[value].name for value in dead])
     gradients: dict[int, Value] = {len(values) - 1: Value("gradient", result.order, None)}
-    for step in reversed(plan.steps):
-        if not need[step.out]:
-            continue
-        above = gradients[step.out]
-        for target, other in ((step.left, step.right), (step.right, step.left)):
-            if need[target]:
-                p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)
-                gradients[target] = writer.product(above, values[other], plan.orders[target], p, f"d{target}", True)
+    for out, targets in memory.gradients(plan.path, need, count):
+        for target, other in targets:
+            p = plan.pairing(out, other, target)
+            gradients[target] = writer.product(gradients[out], values[other], plan.orders[target], p, f"d{target}", True)
+        used = [gradients[out].name] if out < len(values) - 1 else []
+        writer.delete([*used, *(values[value].name for value in sorted(spent.intersection(plan.path[out - count])))])
     returned = []
     for name in network.names:
         parts = [writer.result(gradients[i], term) for i, term in enumerate(network.spec.operands) if term.name == name and need[i]]
         returned.append(" + ".join(parts) if parts else "None")
-    header = f"def backward({', '.join(['gradient', *network.names, *(f'{name}=None' for name in saved)])}):"
+    header = f"def backward({', '.join(['gradient', *network.names, *(f'{values[value].name}=None' for value in saved)])}):"
     whole = "\n".join([header, *writer.lines, f"    return {', '.join(returned)},", ""])
     return whole if plan.tile is None else f"{tiles.backward_source(plan, needs)}\n{whole}"
 

@@ -149,7 +149,7 @@ def backward_source(plan: Plan, needs: Sequence[bool]) -> str:
         if value < len(plan.leaves) and tiled.rowwise(value):
             gradients[value] = Value(f"d{value}", made.order, made.dims)
         elif not tiled.rowwise(value) and made.order != plan.orders[value]:
-            gradients[value] = writer.reorder(made, plan.orders[value])
+            gradients[value] = writer.reorder(made, plan.orders[value], copy=True)
     for step, target, other in _gradient_steps(plan, need):
         if not tiled.rowwise(step.out):
             p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)

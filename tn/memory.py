@@ -1,8 +1,9 @@
 """Memory: what a plan's program keeps for its gradients, and the most bytes that are alive at once.
 
 Intermediates, their gradients, copies, and products on their way into another order count; operands, the result and the gradients of
-operands do not. `steps` and `gradients` say when a value is made and when it dies: the generated code (tn.program) follows the same lists,
-so the model is exact wherever that code runs: for contiguous operands without repeated axes, in the precision of the plan.
+operands do not. `steps` and `gradients` say when a value is made and when it dies, and the generated code (tn.program) follows them: the
+model is exact for contiguous operands in the precision of the plan, of which no axis is repeated or summed before the first step. Chains of
+plain products run on autograd's tape, which lets go of what it kept earlier: there it is an upper bound.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tn.cost import volume
 from tn.order import Axes, Path
-from tn.pairing import Pairing, is_run, pair
+from tn.pairing import Pairing, is_run
 from tn.spec import ROWS
 
 if TYPE_CHECKING:
@@ -157,10 +158,13 @@ def _sizes(plan: "Plan") -> list[int]:
 
 def _spikes(plan: "Plan") -> Spike:
     def spike(left: int, right: int, out: int, counted: bool) -> int:
-        orders = [plan.orders[value] for value in (left, right, out)]
-        return plan.itemsize * _new(pair(*orders, plan.step_size, plan.machine), *orders, plan.step_size, counted)
+        return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted)
 
     return spike
+
+
+def _orders(plan: "Plan", left: int, right: int, out: int) -> tuple[Axes, Axes, Axes]:
+    return plan.orders[left], plan.orders[right], plan.orders[out]
 
 
 def _inner(p: Pairing, left: Axes, right: Axes, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -205,13 +209,12 @@ def _onto(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, in
 
 
 def _tiled(plan: "Plan") -> Memory:
-    """Memory of a program that takes a tile of rows at a time: what has no rows, made before the loop, and buffers of one tile (tn.tiles)."""
+    """Memory of a program that takes a tile of rows at a time (tn.tiles): what has no rows, made before the loop, and buffers."""
     count, last, spike, sizes = len(plan.leaves), len(plan.orders) - 1, _spikes(plan), _sizes(plan)
     rowwise, parts = [ROWS in order for order in plan.orders], _parts(plan)
 
     def loop(kind: Callable[..., int], left: int, right: int, out: int) -> int:
-        orders = [plan.orders[value] for value in (left, right, out)]
-        return plan.itemsize * kind(pair(*orders, plan.step_size, plan.machine), *orders, plan.step_size)
+        return plan.itemsize * kind(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
 
     def forward(heap: _Heap, made: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""

@@ -13,8 +13,7 @@ import torch
 from tn import memory, order, slices
 from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.goals import GOALS, best, least
-from tn.layout import Job, choose
+from tn.layout import Job, bound, choose
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
@@ -22,12 +21,12 @@ from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
 FORMAT = 3  # of the JSON
-_TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
+GOALS = ("time", "flops", "peak", "saved")
+TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
 _SHOWN = 3  # plans not chosen that a plan remembers
 _TILED = 2  # the fastest of those that are tried with tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
-SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,11 @@ class Plan:
     def leaves(self) -> tuple[Axes, ...]:
         """Axes of every operand after diagonals are read and axes that nobody else needs are summed."""
         return leaf_axes(self.network)
+
+    @functools.cached_property
+    def plain_leaves(self) -> bool:
+        """Whether every operand goes into the steps as it is: no axis of it is repeated, none is summed before."""
+        return all(term.axes == axes for term, axes in zip(self.network.spec.operands, self.leaves, strict=True))
 
     @functools.cached_property
     def slice_size(self) -> Mapping[str, int]:
@@ -296,8 +300,8 @@ def plan(
 
     Args:
         grad: names of the tensors that need a gradient; their contractions are planned and paid for too.
-        goal: "time" minimises predicted seconds, "flops" floating-point operations, "saved" the bytes kept for the gradients, "peak" the most
-            bytes alive at once; each with the needed gradients.
+        goal: "time" minimises predicted seconds, "flops" floating-point operations, "saved" the bytes kept for gradients, "peak" the most
+            bytes alive at once; each counts the needed gradients.
         rows: size of `...` to plan for. sizes: sizes of other dynamic axes. Both default to 1024; the plan is valid for every size.
         dtype, device: choose the machine table when `table` is None; the dtype also says how many bytes an element has.
         search: "auto", "cotengra" (its trees only) or "left_to_right" (as written).
@@ -308,12 +312,15 @@ def plan(
         A Plan; `print(plan)` shows every step, its operator and cost.
 
     Raises:
-        PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown tensor in `grad`.
+        PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown
+            tensor in `grad`.
     """
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
     if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):
         raise PlanError(f"memory_limit is {memory_limit!r}, expected a number of bytes ≥ 0, or None")
+    if memory_limit is not None and dtype not in (torch.float32, torch.float64):
+        raise PlanError(f"memory_limit= holds for float32 and float64, got {dtype}")
     wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
         network.term(name)
@@ -328,11 +335,12 @@ def plan(
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
     grads = tuple(n for n in network.names if n in wanted)
-    return _plan(network, tuple(size.items()), grads, goal, search, table or machine(device, dtype), seed, dtype.itemsize, memory_limit)
+    table = table or machine(device, dtype)
+    return _frugal(network, tuple(size.items()), grads, goal, search, table, seed, dtype.itemsize, memory_limit)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _frugal(
     network: Network,
     sizes: tuple[tuple[str, int], ...],
     grad: tuple[str, ...],
@@ -343,48 +351,73 @@ def _plan(
     itemsize: int,
     limit: int | None,
 ) -> Plan:
+    """The fastest plan, or the one of the fewest FLOPs, unless memory matters."""
+    made = _plan(network, sizes, grad, goal if goal == "flops" else "time", search, table, seed)
+    if itemsize != made.itemsize or goal != made.goal:
+        made = dataclasses.replace(made, itemsize=itemsize, goal=goal)
+    if goal in ("time", "flops") and limit is None:
+        return made
+    from tn.frugal import frugal  # late: it builds on plans
+
+    return frugal(made, limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
+) -> Plan:
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     needs = [term.name in grad for term in network.spec.operands]
     paths = order.search(leaves, output, size, method=search, seed=seed)
     job = Job(leaves, output, size, tuple(needs), table)
     plans: list[tuple[float, Plan]] = []
-    score = best(goal)
 
     def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
-        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table, itemsize=itemsize)
+        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
         plans.append((made.seconds, made))
 
-    small = min(_TILES) if table.tiles and ROWS in output and size[ROWS] >= 2 * min(_TILES) else None
-    ranked = sorted((least(goal, path, job, itemsize, small), path) for path in paths)
-    for lowest, path in ranked[:_LAID_OUT]:
-        if goal in ("time", "flops") and plans and lowest >= min(score(made) for _, made in plans):
+    ranked = sorted((_all_flops(path, job) if goal == "flops" else 0, bound(path, job), path) for path in paths)
+    for _, least, path in ranked[:_LAID_OUT]:
+        if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
             break
         add(path, choose(path, job)[1], None)
-    tried = {"time": _TILED, "flops": 1}.get(goal, len(plans))
-    for _, made in sorted(plans, key=lambda entry: score(entry[1]))[:tried]:
+    best = _flops if goal == "flops" else _seconds
+    for _, made in sorted(plans, key=best)[: 1 if goal == "flops" else _TILED]:
         orders: tuple[Axes, ...] = ()
         for tile in _tiles(made):
             tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
             orders = orders or choose(made.path, tiled)[1]
             add(made.path, orders, tile)
-    if limit is not None:
-        by_peak = sorted((least("peak", path, job, itemsize, small), path) for path in paths)[:_LAID_OUT]
-        for path in sorted({path for _, path in by_peak} - {made.path for _, made in plans}):
-            add(path, choose(path, job)[1], None)
-        plans = [(made.seconds, made) for made in slices.within(limit, [made for _, made in plans], score)]
-    chosen = min((made for _, made in plans), key=score)
+    _, chosen = min(plans, key=best)
     others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
-    floor = min(lowest[-1] for lowest, _ in ranked)
-    return dataclasses.replace(chosen, floor=floor, others=shown)
+    return dataclasses.replace(chosen, floor=min(least for _, least, _ in ranked), others=shown)
+
+
+def _all_flops(path: Path, job: Job) -> int:
+    """FLOPs of a tree and of the gradients that are needed."""
+    axes, needs, total = [*job.inputs], list(job.grads), 0
+    for left, right, out in order.steps_of(path, job.inputs, job.output):
+        total += step_flops(axes[left], axes[right], job.sizes) * (1 + needs[left] + needs[right])
+        axes.append(out)
+        needs.append(needs[left] or needs[right])
+    return total
+
+
+def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
+    return entry[0], entry[1].flops
+
+
+def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
+    return entry[1].flops + entry[1].backward_flops, entry[0]
 
 
 def _tiles(plan: Plan) -> list[int]:
     """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
     inner = any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
-    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1]:
+    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1] or not plan.plain_leaves:
         return []
-    return [tile for tile in _TILES if 2 * tile <= plan.size[ROWS]]
+    return [tile for tile in TILES if 2 * tile <= plan.size[ROWS]]
 
 
 def _table(plan: Plan) -> str:

@@ -15,7 +15,6 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,9 +27,6 @@ from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.spec import ROWS
 from tn.writer import Value, Writer, tuple_of
-
-if TYPE_CHECKING:
-    from tn.sliced import Sliced
 
 # Variables and functions of generated code.
 _OURS = re.compile(
@@ -51,6 +47,8 @@ class Program:
     """
 
     def __init__(self, plan: Plan, own: bool = False) -> None:
+        if plan.slices:
+            raise PlanError("a plan with slices runs through tn.compile")
         self.plan = plan
         self.names = plan.network.names
         self._code = _with_safe_names(plan)
@@ -138,9 +136,7 @@ class _Owned(torch.autograd.Function):
         return None, *again(program.plain, ctx.saved_tensors[: len(needs)], needs, gradient)
 
 
-def again(
-    plain: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], gradient: Tensor
-) -> Iterator[Tensor | None]:
+def again(plain: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], gradient: Tensor) -> Iterator[Tensor | None]:
     """Gradients that can be differentiated themselves (create_graph): those of the plain form, which autograd sees through."""
     aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
     wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
@@ -171,19 +167,15 @@ def fits_fast(operands: Sequence[Tensor]) -> bool:
 
 
 def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing but a little memory from a backward of our own; others lose their copies, tiled ones their
-    traffic.
+    """Chains of plain matrix products gain little from a backward of our own; others lose their copies, tiled ones their traffic.
 
     Diagonals and sums of a single operand keep the tape."""
-    simple = all(
-        len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True)
-    )
     gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
-    return simple and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
+    return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
-def compile(target: Network | Plan) -> "Program | Sliced":
-    """A Program for a network (planned with default settings and gradients of its cores and inputs) or for a plan; for a sliced plan, its like.
+def compile(target: Network | Plan) -> Program:
+    """A Program for a network (planned with default settings and gradients of its cores and inputs) or for a plan.
 
     >>> import torch, tn
     >>> f = tn.compile(tn.network("x: ... i, w: i o -> ... o", dict(i=3, o=2)))
@@ -215,7 +207,7 @@ def _mismatch(network: Network, *operands: Tensor) -> None:
 
 
 def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[list[Value], Value]:
-    """Write all steps; with more rows than a tile, the call `instead`. What autograd's tape or our backward need not see again is deleted."""
+    """Write all steps; with more rows than a tile, the call `instead`. What our backward need not see again is deleted."""
     plan = writer.plan
     writer.prologue()
     if instead:
@@ -279,7 +271,7 @@ def _fast_source(plan: Plan) -> str:
 
 
 def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> str:
-    """gradient, operands, saved intermediates → one gradient (or None) per name. What was not kept is made again: all of it without `keep`."""
+    """gradient, operands, saved intermediates → one gradient (or None) per name. What was not kept is made again."""
     network, writer, count = plan.network, Writer(plan), len(plan.leaves)
     wanted = {name for name, need in zip(network.names, needs, strict=True) if need}
     made, result = _forward_body(Writer(plan), strided=True)
@@ -334,6 +326,8 @@ class EinsumProgram:
     """The readable reference: the same order, every step one `torch.einsum` on unflattened axes."""
 
     def __init__(self, plan: Plan) -> None:
+        if plan.slices:
+            raise PlanError("a plan with slices runs through tn.compile")
         self.plan = plan
         self.names = plan.network.names
         writer = Writer(_with_safe_names(plan))

@@ -10,45 +10,47 @@ from torch import Tensor
 
 from tn.errors import OperatorError
 from tn.plan import Plan
-from tn.program import Program, again, see_through
+from tn.program import Program, again, autocast, see_through
 from tn.slices import inner, summed
 from tn.spec import ROWS, Term
 
 Cut = Mapping[str, tuple[int, int]]  # axis → (start, length)
 
 
-class Sliced:
-    """Runs a sliced Plan, as a Program runs others. torch.func and torch.compile see the plain program of the whole, without slices.
+class Sliced(Program):
+    """Runs a sliced Plan, in float32 or float64. torch.func and torch.compile see the plain program of the whole, without slices.
 
     Attributes:
         plan: what it runs. inner: the program of one slice. plain: the whole in one piece.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.names = plan, plan.network.names
+        super().__init__(dataclasses.replace(plan, slices=()))
+        self.plan, self.fast = plan, None
         one = inner(plan)
         self.inner = Program(dataclasses.replace(one, grad=()), own=True)
-        self._backwards = {one.needs[: len(one.leaves)]: self.inner.remaking(one.needs[: len(one.leaves)])}
-        self.plain = Program(dataclasses.replace(plan, slices=())).plain
+        self._remaking = {one.needs[: len(one.leaves)]: self.inner.remaking(one.needs[: len(one.leaves)])}
 
     @property
     def source(self) -> str:
         """The generated Python of one slice."""
         parts = ", ".join(f"{size} of {axis}" for axis, size in self.plan.slices)
-        return "\n".join([f"# run on slices of {parts}", self.inner.fast_source, *(source for _, source in self._backwards.values())])
+        return "\n".join([f"# run on slices of {parts}", self.inner.fast_source, *(source for _, source in self._remaking.values())])
 
     def __call__(self, *operands: Tensor) -> Tensor:
         if see_through():
             return self.plain(*operands)
+        if torch._C._is_any_autocast_enabled():
+            operands = tuple(autocast(operands))
         self.plan.network.bind([operand.shape for operand in operands])
         for name, operand in zip(self.names, operands, strict=True):
             if operand.dtype is not operands[0].dtype or operand.dtype not in (torch.float32, torch.float64):
                 raise OperatorError(f"operand {name!r} is {operand.dtype}: slices are added up in float32 or float64, all operands alike")
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return _Function.apply(self, *operands)
-        return self.forward(operands)
+        return self.whole(operands)
 
-    def forward(self, operands: Sequence[Tensor]) -> Tensor:
+    def whole(self, operands: Sequence[Tensor]) -> Tensor:
         """The result, slice by slice."""
         network = self.plan.network
         sizes = network.bind([operand.shape for operand in operands])
@@ -59,7 +61,7 @@ class Sliced:
             _put(result, term, cut, self._part(operands, sizes, cut), summed(term.axes, self.plan))
         return result.reshape(self._shape(operands, sizes))
 
-    def backward(self, gradient: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    def gradients(self, gradient: Tensor, operands: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         """One gradient (or None) per name, slice by slice; the intermediates of a slice are made again."""
         terms, given = self.plan.network.spec.operands, dict(zip(self.names, operands, strict=True))
         sizes = self.plan.network.bind([operand.shape for operand in operands])
@@ -67,8 +69,10 @@ class Sliced:
         add = {term.name: summed(term.axes, self.plan) for term in terms}
         for name in self.names:
             add[name] |= [term.name for term in terms].count(name) > 1
-        made = {name: (given[name].new_zeros if add[name] else given[name].new_empty)(given[name].shape) for name in self.names if need[name]}
-        run = self._backward(tuple(need[term.name] for term in terms))
+        made = {
+            name: (given[name].new_zeros if add[name] else given[name].new_empty)(given[name].shape) for name in self.names if need[name]
+        }
+        run = self._run(tuple(need[term.name] for term in terms))
         for cut in self._cuts(sizes):
             parts = run(_get(gradient, self.plan.network.output, sizes, cut), *self._parts(operands, sizes, cut))
             for term, part in zip(terms, parts, strict=True):
@@ -77,10 +81,10 @@ class Sliced:
             del parts, part
         return [made.get(name) for name in self.names]
 
-    def _backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
-        if needs not in self._backwards:
-            self._backwards[needs] = self.inner.remaking(needs)
-        return self._backwards[needs][0]
+    def _run(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
+        if needs not in self._remaking:
+            self._remaking[needs] = self.inner.remaking(needs)
+        return self._remaking[needs][0]
 
     def _cuts(self, sizes: Mapping[str, int]) -> Iterator[Cut]:
         """Every slice."""
@@ -99,7 +103,8 @@ class Sliced:
 
     def _shape(self, operands: Sequence[Tensor], sizes: Mapping[str, int]) -> list[int]:
         """The stored shape of the result."""
-        network, shape = self.plan.network, []
+        network = self.plan.network
+        shape: list[int] = []
         for dim in network.output.dims:
             if dim == (ROWS,):
                 name = next(term.name for term in network.spec.operands if ROWS in term.axes)
@@ -122,14 +127,14 @@ class _Function(torch.autograd.Function):
     def forward(ctx, program: Sliced, *operands: Tensor) -> Tensor:
         ctx.program = program
         ctx.save_for_backward(*operands)
-        return program.forward(operands)
+        return program.whole(operands)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *again(ctx.program.plain, ctx.saved_tensors, needs, gradient)
-        return None, *ctx.program.backward(gradient, ctx.saved_tensors, needs)
+        return None, *ctx.program.gradients(gradient, ctx.saved_tensors, needs)
 
 
 def _get(tensor: Tensor, term: Term, sizes: Mapping[str, int], cut: Cut) -> Tensor:

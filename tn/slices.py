@@ -1,7 +1,8 @@
 """Slices: a plan that works on a part of some axes at a time, so that it stays within a memory limit. tn.sliced runs it.
 
-Slices of an axis of the result write their part of it, slices of a contracted axis are added up. The backward pass makes the intermediates
-of a slice again, so that nothing but operands is kept. The axes are found greedily, as in cotengra's slicing, by added time for memory saved.
+Slices of an axis of the result write their part of it, slices of a contracted axis are added up. The backward pass makes the
+intermediates of a slice again, so that nothing but operands is kept. The axes are found greedily, as in cotengra's slicing, by the time
+they add for the memory they save.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ def inner(plan: "Plan") -> "Plan":
     """
     spec, size = plan.network.spec, plan.slice_size
     names = [term.name for term in spec.operands]
-    for place, name in enumerate(names):
+    for place in range(len(names)):
         while names.count(names[place]) > 1:
             names[place] = f"{names[place]}_{place}"
     operands = tuple(dataclasses.replace(split(term), name=name) for term, name in zip(spec.operands, names, strict=True))
@@ -78,7 +79,7 @@ def within(limit: int, plans: Sequence["Plan"], score: Callable[["Plan"], tuple[
     fitting = [plan for plan in plans if plan.peak_bytes <= limit]
     if fitting and fitting[0].goal in ("peak", "saved"):
         return fitting
-    whole = sorted((plan for plan in plans if plan.tile is None and _can_slice(plan)), key=score)
+    whole = sorted((plan for plan in plans if plan.tile is None and plan.plain_leaves), key=score)
     over = [plan for plan in whole if plan.peak_bytes > limit]
     least = {plan: _with(plan, dict.fromkeys(plan.size, 1)).peak_bytes for plan in over}
     able = [plan for plan in over if least[plan] <= limit]
@@ -89,11 +90,6 @@ def within(limit: int, plans: Sequence["Plan"], score: Callable[["Plan"], tuple[
     return found
 
 
-def _can_slice(plan: "Plan") -> bool:
-    """Repeated axes, and axes of one operand alone that are summed, stay whole: their tensors are made before the first step."""
-    return all(len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True))
-
-
 def _cut(plan: "Plan", limit: int) -> "Plan":
     """Cut one axis after another into smaller slices, whichever adds the least time for the memory it saves, until the limit is met."""
     sizes: dict[str, int] = dict(plan.size)
@@ -102,6 +98,12 @@ def _cut(plan: "Plan", limit: int) -> "Plan":
         options = [_with(plan, {**sizes, axis: -(-size // 2)}) for axis, size in sizes.items() if size > 1]
         made = min(options, key=lambda option: _price(made, option))
         sizes = dict(made.slice_size)
+    for axis, size in made.slices:  # halves may be smaller than need be
+        fits, too_large = size, min(2 * size, plan.size[axis] + 1)
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            larger = _with(plan, {**dict(made.slice_size), axis: middle})
+            made, fits, too_large = (larger, middle, too_large) if larger.peak_bytes <= limit else (made, fits, middle)
     return made
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tn import memory, slices
 from tn.cost import step_flops, volume
+from tn.errors import PlanError
 from tn.layout import Job, choose
 from tn.order import Path, steps_of
 from tn.plan import TILES, Plan
@@ -26,8 +27,14 @@ def frugal(base: Plan, limit: int | None) -> Plan:
         base: what is best for "time" or "flops"; for few operands its order is one candidate of all, beyond them the one to start from.
 
     Raises:
-        PlanError: no plan stays within the limit.
+        PlanError: no plan stays within the limit, or an operand is reduced before the first step, which no plan says the memory of.
     """
+    if limit is not None and not base.plain_leaves:
+        terms = zip(base.network.spec.operands, base.leaves, strict=True)
+        name = next(term.name for term, axes in terms if term.axes != axes)
+        raise PlanError(
+            f"memory_limit= needs operands that go into the steps as they are: {name!r} has an axis that is repeated or summed alone"
+        )
     if base.goal in ("time", "flops") and (limit is None or base.peak_bytes <= limit):
         return base
     paths = [path for path in _trees(base) if path != base.path]

@@ -55,7 +55,7 @@ def _telling(network: Network) -> tuple[Axes, ...]:
     return tuple(axes for axes in groups if not all(axes[0] in term.axes for term in terms)) or groups
 
 
-Reader = tuple[int, slice | tuple[int, ...], int]  # place of an operand, dimensions to multiply, what to divide by
+Reader = tuple[int, tuple[slice, ...], int]  # place of an operand, its dimensions to multiply, what to divide by
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Cells:
         cell = 0
         for place, dims, known in self.readers:
             shape, at = operands[place].shape, 0
-            size = math.prod(shape[dims] if isinstance(dims, slice) else [shape[dim] for dim in dims]) // known
+            size = math.prod([size for dim in dims for size in shape[dim]]) // known
             while size >= self.ranges[at][0]:
                 at += 1
             cell = cell * len(self.ranges) + at
@@ -125,8 +125,8 @@ def _reader(network: Network, axes: Axes) -> Reader | None:
         held = [axis for dim in dims.values() for axis in dim if axis not in network.sizes]
         if sorted(held) == sorted(axes) and (ROWS not in axes or len(dims) == 1):
             known = max(math.prod(network.sizes[axis] for dim in dims.values() for axis in dim if axis in network.sizes), 1)
-            where: slice | tuple[int, ...] = slice(None, 1 - len(term.dims) or None) if ROWS in axes else tuple(dims)
-            return network.names.index(term.name), where, known
+            where = [slice(None if ROWS in axes else place, place + 1 or None) for place in dims]
+            return network.names.index(term.name), tuple(where), known
     return None
 
 

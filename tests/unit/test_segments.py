@@ -130,6 +130,12 @@ def test_a_layer_of_two_sizes_runs_another_plan_for_few_queries():
     assert len({run.plan.path for run in layer._programs.values()}) == 2
 
 
+def test_a_call_that_does_not_fit_is_refused_in_words():
+    layer = tn.Contraction("q: b s i, a: i r -> b s r", sizes=dict(i=6, r=4), cores=("a",))
+    with pytest.raises(tn.SizeError, match=r"tensor 'q' has shape \(6,\), expected 3 dimensions"):
+        layer(torch.randn(6))
+
+
 def test_compiled_layers_have_one_graph_more_than_cells():
     layer, counter = tn.Contraction("q: s i, k: t i, a: i r -> s t r", sizes=dict(i=8, r=4), cores=("a",)), CompileCounter()
     torch._dynamo.reset()

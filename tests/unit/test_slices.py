@@ -121,6 +121,12 @@ def test_refusals(options, message):
         tn.plan(BTT, **options)
 
 
+@pytest.mark.parametrize("spec", ["x: i i j, y: j k -> k", "x: i j, y: j k -> k"])
+def test_operands_that_are_reduced_first_are_refused_by_name(spec):
+    with pytest.raises(tn.PlanError, match="'x' has an axis that is repeated or summed alone"):
+        tn.plan(tn.network(spec), memory_limit=10**9)
+
+
 def test_other_dtypes_are_refused_by_name():
     run = tn.compile(limited(BTT, 0.1, rows=100))
     with pytest.raises(tn.OperatorError, match=r"operand 'x' is torch.bfloat16: slices are added up in float32 or float64"):

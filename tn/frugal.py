@@ -11,7 +11,7 @@ from tn.cost import step_flops, volume
 from tn.errors import PlanError
 from tn.layout import Job, choose
 from tn.order import Path, steps_of
-from tn.plan import TILES, Plan
+from tn.plan import TILES, Plan, settled
 from tn.spec import ROWS
 
 _EVERY = 5  # operands up to which every tree is looked at: 105
@@ -29,6 +29,8 @@ def frugal(base: Plan, limit: int | None) -> Plan:
     Raises:
         PlanError: no plan stays within the limit, or an operand is reduced before the first step, which no plan says the memory of.
     """
+    if len(base.results) > 1:
+        raise PlanError(f"memory_limit= and the goals 'peak' and 'saved' plan one output, this network has {len(base.results)}")
     if limit is not None and not base.plain_leaves:
         terms = zip(base.network.spec.operands, base.leaves, strict=True)
         name = next(term.name for term, axes in terms if term.axes != axes)
@@ -61,12 +63,12 @@ def score(plan: Plan) -> tuple[float, float]:
 def _laid_out(base: Plan, path: Path) -> Plan:
     needs = base.needs[: len(base.leaves)]
     orders = choose(path, Job(base.leaves, base.network.output.axes, base.size, needs, base.machine))[1]
-    return dataclasses.replace(base, path=path, orders=orders, tile=None, others=())
+    return settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=()))
 
 
 def _tiles(plan: Plan) -> list[int]:
     """Tiles of rows that leave several of them, where an intermediate has rows."""
-    inner = any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
+    inner = any(ROWS in plan.orders[value] for value in plan.kept)
     if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1] or not plan.plain_leaves:
         return []
     return [tile for tile in sorted(TILES) if 2 * tile <= plan.size[ROWS]]

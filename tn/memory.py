@@ -1,11 +1,12 @@
 """Memory: what a plan's program keeps for its gradients, and the most bytes that are alive at once.
 
 Intermediates, their gradients, copies, and products on their way into another order count; operands, the result and the gradients of
-operands do not. `steps` and `gradients` say when a value is made and when it dies, and the generated code (tn.program) follows them: the
-model is exact for contiguous operands in the precision of the plan, of which no axis is repeated or summed before the first step. Chains of
-plain products run on autograd's tape, which lets go of what it kept earlier: there it is an upper bound.
+operands do not. `Work` says when a value is made and when it dies, and the generated code (tn.program) follows it: the model is exact for
+contiguous operands in the precision of the plan, of which no axis is repeated or summed before the first step. Chains of plain products
+run on autograd's tape, which lets go of what it kept earlier: there it is an upper bound.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,42 +36,70 @@ class Memory:
         return max(self.forward, self.backward)
 
 
-def kept(path: Path, needs: Sequence[bool], count: int) -> tuple[int, ...]:
-    """The values, operands aside, that the needed gradients read, in the order they are made.
+@dataclass(frozen=True)
+class Work:
+    """The steps of a program and of its gradients, by SSA values.
 
-    Args:
-        needs: whether each SSA value needs a gradient. count: number of operands.
+    Attributes:
+        count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
+            gradient is made). results: of the program.
+        same: values that are not computed → the one they equal.
     """
-    read = {other for pair in path for target, other in (pair, pair[::-1]) if needs[target] and other >= count}
-    return tuple(sorted(read))
 
+    count: int
+    steps: tuple[tuple[int, int, int], ...]
+    gradients: tuple[tuple[int, int, int], ...]
+    results: tuple[int, ...]
+    same: Mapping[int, int]
 
-def steps(path: Path, count: int, keep: Collection[int], only: Collection[int] | None = None) -> Iterator[tuple[int, int, int, list[int]]]:
-    """(left, right, out, values that nothing reads any more) of every step, or of those that make the values in `only`."""
-    for out, (left, right) in enumerate(path, start=count):
-        if only is None or out in only:
-            last = out == count + len(path) - 1  # what dies with the function need not be deleted
-            yield left, right, out, [] if last else [value for value in (left, right) if value >= count and value not in keep]
+    @classmethod
+    def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
+        """That of a plan, for gradients of some of its values."""
+        steps = tuple((step.left, step.right, step.out) for step in plan.steps)
+        gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
+        same = {value: first for value, (first, _) in plan.same.items()}
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same)
 
+    @classmethod
+    def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
+        """That of a tree without equal values."""
+        steps = tuple((left, right, out) for out, (left, right) in enumerate(path, start=count))
+        turns = ((out, other, target) for left, right, out in steps[::-1] for target, other in ((left, right), (right, left)))
+        return cls(count, steps, tuple(turn for turn in turns if needs[turn[2]]), (count + len(path) - 1,), {})
 
-def gradients(path: Path, needs: Sequence[bool], count: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(a value whose gradient is known, the (value whose gradient it gives, the other operand) pairs), last step first.
+    def first(self, value: int) -> int:
+        """The value that is computed for this one."""
+        return self.same.get(value, value)
 
-    After each of them the gradient of the first is dead, and so are values made again that the step multiplied.
-    """
-    for out in range(count + len(path) - 1, count - 1, -1):
-        left, right = path[out - count]
-        if needs[out]:
-            yield out, [(target, other) for target, other in ((left, right), (right, left)) if needs[target]]
+    @functools.cached_property
+    def read(self) -> tuple[int, ...]:
+        """The intermediates that the gradients read, in the order they are made."""
+        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.first(other) >= self.count}))
 
+    def remade(self, have: Collection[int]) -> set[int]:
+        """The values to make again for the gradients by a backward pass that has some."""
+        missing = {value for value in self.read if value not in have}
+        for left, right, out in reversed(self.steps):
+            if out in missing:
+                missing.update(v for v in map(self.first, (left, right)) if v >= self.count and v not in have)
+        return missing
 
-def remade(path: Path, read: Collection[int], have: Collection[int], count: int) -> set[int]:
-    """The values to make again for a backward pass that reads some and has others."""
-    missing = {value for value in read if value not in have}
-    for out in range(count + len(path) - 1, count - 1, -1):
-        if out in missing:
-            missing.update(value for value in path[out - count] if value >= count and value not in have)
-    return missing
+    def forward(self, keep: Collection[int], only: Collection[int] | None = None) -> Iterator[tuple[int, int, int, list[int]]]:
+        """(left, right, out, values that nothing reads any more) of every step, or of those that make the values in `only`."""
+        run = [step for step in self.steps if only is None or step[2] in only]
+        ends = {self.first(value): place for place, (left, right, _) in enumerate(run) for value in (left, right)}
+        for place, (left, right, out) in enumerate(run):
+            over = place == len(run) - 1 and only is None  # what dies with the function need not be deleted
+            dead = [value for value, end in ends.items() if end == place and value >= self.count and value not in (*keep, *self.results)]
+            yield left, right, out, [] if over else dead
+
+    def backward(self, spent: Collection[int]) -> Iterator[tuple[int, int, int, list[int], list[int]]]:
+        """(known, other, target, values whose gradient nothing reads any more, values of `spent` likewise) of every gradient step."""
+        ends = {self.first(above): place for place, (above, _, _) in enumerate(self.gradients)}
+        last = {self.first(other): place for place, (_, other, _) in enumerate(self.gradients)}
+        for place, (above, other, target) in enumerate(self.gradients):
+            over = [value for value, end in ends.items() if end == place and value not in self.results]
+            yield above, other, target, over, [value for value in spent if last.get(value) == place]
 
 
 class _Heap:
@@ -94,38 +123,39 @@ class _Heap:
             self.now -= self.live.pop(name, 0)
 
 
-def tree(
-    path: Path, needs: Sequence[bool], sizes: Sequence[int], count: int, spike: Spike, again: bool = False, parts: Collection[int] = ()
-) -> Memory:
+def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
     """Memory of a program that takes all rows at once.
 
     Args:
-        needs, sizes: of every SSA value, in bytes. spike: of a step.
+        sizes: of every SSA value, in bytes. spikes: of a step that makes a tensor, and of one that adds to it.
         again: nothing is kept, what the gradients read is made again, and the result and the gradients count.
         parts: operands whose gradients count because they are added up.
     """
-    heap, last, read = _Heap(), count + len(path) - 1, kept(path, needs, count)
-    keep = () if again else read
-    for left, right, out, dead in steps(path, count, keep):
-        counted = again or out != last
-        heap.run(spike(left, right, out, counted))
+    heap, keep = _Heap(), () if again else work.read
+    for left, right, out, dead in work.forward(keep):
+        counted = again or out not in work.results
+        heap.run(spikes[0](left, right, out, counted))
         heap.add(out, sizes[out] * counted)
         heap.drop(*dead)
     forward, heap.peak = heap.peak, 0
     heap.drop(*[value for value in heap.live if value not in keep])
     saved = heap.now
     heap.run(0)
-    fresh = remade(path, read, keep, count)
-    for left, right, out, dead in steps(path, count, read, fresh):
-        heap.run(spike(left, right, out, True))
+    fresh = work.remade(keep)
+    for left, right, out, dead in work.forward(work.read, fresh):
+        heap.run(spikes[0](left, right, out, True))
         heap.add(out, sizes[out])
         heap.drop(*dead)
-    for out, targets in gradients(path, needs, count):
-        for target, other in targets:
-            counted = again or target >= count or target in parts
-            heap.run(spike(out, other, target, counted))
-            heap.add(("gradient", target), sizes[target] * counted)
-        heap.drop(("gradient", out), *(fresh.intersection(path[out - count])))
+    ours: set[int] = set()
+    for above, other, target, over, dead in work.backward(fresh):
+        first = work.first(target)
+        counted = again or first >= work.count or target in parts
+        heap.run(spikes[first in ours](above, other, target, counted))
+        if first not in ours:
+            heap.add(("gradient", first), sizes[first] * counted)
+            heap.run(sizes[first] * (first in work.results))  # added to the gradient that was given
+        ours.add(first)
+        heap.drop(*dead, *(("gradient", value) for value in over))
     heap.run(max((sizes[value] for value in parts), default=0) * (len(parts) > 2))
     return Memory(saved, forward, heap.peak)
 
@@ -137,30 +167,34 @@ def lower_bound(path: Path, axes: Sequence[Axes], needs: Sequence[bool], size: M
         axes: of every SSA value.
     """
     sizes = [itemsize * volume(value, size) for value in axes]
-    return tree(path, needs, sizes, len(axes) - len(path), lambda left, right, out, counted: sizes[out] * counted)
+    made = lambda left, right, out, counted: sizes[out] * counted
+    return whole(Work.along(path, needs, len(axes) - len(path)), sizes, (made, made))
 
 
 def measure(plan: "Plan") -> Memory:
     """Memory of a plan's program."""
     if plan.tile is not None:
         return _tiled(plan)
-    return tree(plan.path, plan.needs, _sizes(plan), len(plan.leaves), _spikes(plan), parts=_parts(plan))
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan))
 
 
 def part(plan: "Plan") -> Memory:
     """Memory of one slice: nothing is kept, and its result and gradients are on their way into the whole ones."""
-    return tree(plan.path, plan.needs, _sizes(plan), len(plan.leaves), _spikes(plan), again=True)
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), again=True)
 
 
 def _sizes(plan: "Plan") -> list[int]:
     return [plan.itemsize * volume(order, plan.step_size) for order in plan.orders]
 
 
-def _spikes(plan: "Plan") -> Spike:
-    def spike(left: int, right: int, out: int, counted: bool) -> int:
+def _spikes(plan: "Plan") -> tuple[Spike, Spike]:
+    def make(left: int, right: int, out: int, counted: bool) -> int:
         return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted)
 
-    return spike
+    def add(left: int, right: int, out: int, counted: bool) -> int:
+        return plan.itemsize * _added(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
+
+    return make, add
 
 
 def _orders(plan: "Plan", left: int, right: int, out: int) -> tuple[Axes, Axes, Axes]:
@@ -200,8 +234,15 @@ def _into(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, in
     return _made(copies, inner, volume(out, sizes)) if p.out == "copy" else copies + inner
 
 
+def _added(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int]) -> int:
+    """Most elements alive while a step is added to a tensor that is there (Writer.add_into)."""
+    if p.out == "copy":
+        return _made(*_inner(p, left, right, sizes), volume(out, sizes))
+    return _onto(p, left, right, out, sizes)
+
+
 def _onto(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int]) -> int:
-    """Most elements alive while a step is added to a tensor that is there (Writer.accumulate)."""
+    """Most elements alive while a step is added to a tensor of its own shape (Writer.accumulate)."""
     copies, inner = _inner(p, left, right, sizes)
     if p.kind in ("mm", "bmm") and p.batch_on != "operands":
         return copies
@@ -210,56 +251,65 @@ def _onto(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, in
 
 def _tiled(plan: "Plan") -> Memory:
     """Memory of a program that takes a tile of rows at a time (tn.tiles): what has no rows, made before the loop, and buffers."""
-    count, last, spike, sizes = len(plan.leaves), len(plan.orders) - 1, _spikes(plan), _sizes(plan)
+    work, (make, add), sizes = Work.of(plan, plan.needs), _spikes(plan), _sizes(plan)
     rowwise, parts = [ROWS in order for order in plan.orders], _parts(plan)
 
     def loop(kind: Callable[..., int], left: int, right: int, out: int) -> int:
         return plan.itemsize * kind(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
 
-    def forward(heap: _Heap, made: Collection[int]) -> list[int]:
+    def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
-        for out, (left, right) in enumerate(plan.path, start=count):
+        for left, right, out in work.steps:
             if not rowwise[out]:
-                heap.run(spike(left, right, out, True))
+                heap.run(make(left, right, out, True))
                 heap.add(out, sizes[out])
-        inside = [out for out in made if rowwise[out]]
-        for out in inside:
-            heap.add(out, sizes[out] * (out != last))
-        return [loop(_into, *plan.path[out - count], out) for out in inside]
+        inside = [step for step in work.steps if rowwise[step[2]] and step[2] in made]
+        for *_, out in inside:
+            heap.add(out, sizes[out] * (out not in given))
+        return [loop(_into, *step) for step in inside]
 
     first, second = _Heap(), _Heap()
-    first.run(max(forward(first, range(count, last + 1)), default=0))
-    if not any(plan.needs):
+    first.run(max(forward(first, range(len(plan.orders)), work.results), default=0))
+    if not work.gradients:
         return Memory(0, first.peak, 0)
-    spikes = forward(second, sorted(remade(plan.path, kept(plan.path, plan.needs, count), (), count)))
-    after = []
-    for out, targets in gradients(plan.path, plan.needs, count):
-        for target, other in targets:
-            order, counted = plan.orders[target], target >= count or target in parts
-            if not rowwise[out]:
-                after.append((out, other, target, counted))
-                continue
-            moves = False
-            if not rowwise[target]:
-                natural = _natural(plan.pairing(out, other, target), order)
-                moves = not _alike(natural, order, plan.size)
-            whole = plan.itemsize * volume(order, plan.size if target < count else plan.step_size)
-            second.add(("gradient", target), whole * (counted or moves))
-            spikes.append(loop(_into if rowwise[target] else _onto, out, other, target))
-            if moves:
-                after.append((out, out, target, counted))
+    spikes = forward(second, work.remade(()), ())
+    moved, after, ours, sums = [], [], set(), [work.first(t) for above, _, t in work.gradients if rowwise[above] and not rowwise[t]]
+    for above, other, target in work.gradients:
+        order, value = plan.orders[target], work.first(target)
+        counted = value >= work.count or target in parts
+        if not rowwise[above]:
+            after.append((above, other, target, counted))
+        elif not rowwise[target]:
+            counted = counted or sums.count(value) > 1
+            moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
+            second.add(("sum", target), sizes[target] * (counted or moves))
+            spikes.append(loop(_onto, above, other, target))
+            moved += [(target, counted)] if moves else []
+        elif value in ours:
+            spikes.append(add(above, other, target, counted))
+        else:
+            ours.add(value)
+            size = plan.itemsize * volume(order, plan.size if value < work.count else plan.step_size)
+            second.add(("gradient", value), size * counted)
+            spikes.append(loop(_into, above, other, target))
     second.run(max(spikes, default=0))
-    for out, other, target, counted in sorted(after, key=lambda entry: entry[0] != entry[1]):  # first come the copies of what was added up
-        second.run(sizes[target] * counted if out == other else spike(out, other, target, counted))
-        second.drop(("gradient", target))
-        second.add(("gradient", target), sizes[target] * counted)
+    for target, counted in moved:  # what was added up, copied into its own order
+        second.run(sizes[target] * counted)
+        second.drop(("sum", target))
+        second.add(("sum", target), sizes[target] * counted)
+    for value in sorted(value for value in set(sums) if sums.count(value) > 1):  # sums of one tensor, added up
+        second.add(("gradient", value), sizes[value] * (value >= work.count or value in parts))
+        second.drop(("sum", value))
+    for above, other, target, counted in after:
+        second.run(make(above, other, target, counted))
+        second.add(("gradient", work.first(target)), sizes[target] * counted)
     return Memory(0, first.peak, second.peak)
 
 
 def _parts(plan: "Plan") -> list[int]:
     """Operands that are one tensor of several: their gradients are added up."""
-    names = [term.name for term in plan.network.spec.operands]
-    return [value for value, name in enumerate(names) if plan.needs[value] and names.count(name) > 1]
+    names = [term.name if value not in plan.same else "" for value, term in enumerate(plan.terms)]
+    return [value for value, name in enumerate(names) if name and plan.needs[value] and names.count(name) > 1]
 
 
 def _natural(p: Pairing, out: Axes) -> Axes:

@@ -133,7 +133,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, *again(ctx.program.plain, ctx.saved_tensors, needs, gradient)
+            return None, *again(ctx.program.plain, ctx.saved_tensors, needs, [gradient])
         return None, *ctx.program.gradients(gradient, ctx.saved_tensors, needs)
 
 

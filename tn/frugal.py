@@ -41,7 +41,7 @@ def frugal(base: Plan, limit: int | None) -> Plan:
         return base
     paths = [path for path in _trees(base) if path != base.path]
     ranked = [sorted((_least(base, path, measure), path) for path in paths)[:_LAID_OUT] for measure in ("saved", "peak")]
-    plans = [base]
+    plans = [base] if base.tile is None else [base, dataclasses.replace(base, tile=None)]
     for _, path in ranked[0] + ranked[1]:
         if path not in [plan.path for plan in plans]:
             plans.append(_laid_out(base, path))

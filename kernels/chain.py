@@ -34,7 +34,7 @@ from tn.operators import Layout, Offer, OperatorError, Refusal, Region, register
 from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
-from tn_kernels.views import Unfit, check_dtype, check_result, order_of, view
+from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
 
 MOST_RANK = 128  # z of one piece has to fit registers
 
@@ -335,10 +335,11 @@ def ask(region: Region) -> Offer | Refusal:
         sizes = {role: math.prod(size[axis] for axis in axes) for role, axes in merged.items()}
         if sizes["r"] > MOST_RANK:
             raise Unfit(f"rank {sizes['r']}; the intermediate stays in registers up to rank {MOST_RANK}")
+        named = zip(tensors, ("nij", "ijrk", "kirl"), strict=True)
+        views = [view(layout, [merged[role] for role in axes], region) for layout, axes in named]
+        shape = shape_of(region)
     except Unfit as unfit:
         return Refusal("chain", str(unfit))
-    views = [view(layout, [merged[role] for role in axes], size) for layout, axes in zip(tensors, ("nij", "ijrk", "kirl"), strict=True)]
-    shape = tuple(size[axis] for axis in region.out)
 
     def run(*operands: Tensor) -> Tensor:
         x, a, c = (see(operands[place]) for see, place in zip(views, places, strict=True))

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,10 +13,10 @@ from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
 from tn.plan import DEFAULT_ROWS, SEGMENTS, Plan, plan
-from tn.program import EinsumProgram, Program, autocast, fits_fast
+from tn.program import EinsumProgram, OperatorProgram, Program, autocast, fits_fast, program
 from tn.spec import ROWS
 
-BACKENDS = ("planned", "einsum")
+BACKENDS = ("planned", "einsum", "triton")
 
 _SMALL, _LARGE = (below for below, _ in SEGMENTS[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
@@ -25,7 +24,10 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every Contraction that this thread calls inside the block with one backend: "planned", or "einsum", the readable reference.
+    """Run every Contraction that this thread calls inside the block with one backend.
+
+    Args:
+        name: "planned"; "einsum", the readable reference; or "triton", kernels for every step, measured or not.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(6, 4, structure="btt")
@@ -50,21 +52,20 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-@functools.lru_cache(maxsize=4096)
-def program(plan: Plan, backend: str) -> Program | EinsumProgram:
-    """The Program of a plan; equal plans share one."""
-    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
-
-
 class _Compiled:
-    """What torch.compile sees of a program: plain calls, or one operator where the fast form is worth having."""
+    """What torch.compile sees of a program: plain calls, chosen operators, or one operator where the fast form is worth having."""
 
     def __init__(self, run: Program | EinsumProgram) -> None:
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
         self.key = opaque.register(run) if run.fast else ""
+        self.woven = run if isinstance(run, OperatorProgram) else None
+        if self.woven is not None:
+            self.source += self.woven.woven_source
 
     def __call__(self, operands: list[Tensor]) -> Tensor:
+        if self.woven is not None and self.woven.fits(operands) and not torch._C._are_functorch_transforms_active():
+            return self.woven.woven(*operands)
         if not self.key or not fits_fast(operands) or torch._C._are_functorch_transforms_active():
             return self.plain(*operands)
         return opaque.contraction(operands, self.key)[0]
@@ -79,7 +80,9 @@ class Contraction(nn.Module):
         cores: names of the trainable tensors in the order they are applied. The other operands are inputs of `forward`, in spec order.
         bias: add a vector to the last stored dimension of the output.
         zero_init: start with the last core at zero, so that the layer first gives zero.
-        device, dtype: of the parameters. backend: "planned" or "einsum".
+        device, dtype: of the parameters.
+        backend: "planned": torch, and kernels where the machine table has them measured faster. "einsum": the readable reference. "triton":
+            kernels for every step; a call that they cannot run raises OperatorError with every reason.
 
     Parameters are named by their core and have the shape the spec stores them in; `bias` comes last. Each core starts normal with
     the standard deviation sqrt(min(d_in, d_out)) / d_in of its `Network.fans()` (arXiv:2406.06248).

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tn import order
+from tn import order, regions
 from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
 from tn.layout import Job, bound, choose
@@ -53,6 +53,7 @@ class Plan:
         machine: the table of rates behind the predicted times.
         floor: seconds of the best tree that was looked at, if each step took all rows at once in its own best layout, nothing broadcast.
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
+        dtype, device: what it will run in, for which operators are asked (see tn.regions); not in its JSON, and plans are equal without it.
     """
 
     network: Network
@@ -66,6 +67,8 @@ class Plan:
     machine: Machine = field(repr=False)
     floor: float = 0.0
     others: tuple[tuple[float, Path, int | None], ...] = ()
+    dtype: torch.dtype = field(default=torch.float32, compare=False, repr=False)
+    device: str = field(default="cpu", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         tile = self.tile
@@ -282,9 +285,16 @@ def plan(
             raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
-    return _plan(
+    made = _plan(
         network, tuple(size.items()), tuple(n for n in network.names if n in wanted), goal, search, table or machine(device, dtype), seed
     )
+    return placed(made, dtype, torch.device(device).type)
+
+
+@functools.lru_cache(maxsize=4096)
+def placed(plan: Plan, dtype: torch.dtype, device: str) -> Plan:
+    """The plan for a dtype and a kind of device, with the table it has."""
+    return plan if (plan.dtype, plan.device) == (dtype, device) else dataclasses.replace(plan, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -359,6 +369,7 @@ def _table(plan: Plan) -> str:
         lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
     if plan.floor:
         lines.append(f"  with every step in a layout of its own, all rows at once: {plan.floor * 1e6:.0f} µs for the best order")
+    lines += regions.describe(plan)
     return "\n".join(lines)
 
 

@@ -198,4 +198,4 @@ def _two(summed: list[str], layouts: list[Layout], size: dict[str, int]) -> tupl
     raise Unfit(f"summed axes {' '.join(order)} are more than two dimensions of the operands")
 
 
-register("batch_reduced_gemm", ask)
+register("batch_reduced_gemm", ask, tuning.tune)

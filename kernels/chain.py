@@ -348,4 +348,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer("chain", run, tuning.case("chain", sizes, region.dtype))
 
 
-register("chain", ask)
+register("chain", ask, tuning.tune)

@@ -192,4 +192,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer("gated", run, tuning.case("gated", sizes, region.dtype))
 
 
-register("gated", ask)
+register("gated", ask, tuning.tune)

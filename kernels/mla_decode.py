@@ -197,4 +197,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer(name, run, tuning.case(name, sizes, region.dtype))
 
 
-register("mla_decode", ask)
+register("mla_decode", ask, tuning.tune)

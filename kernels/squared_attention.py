@@ -395,4 +395,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer(name, run, tuning.case("chunked" if linear else name, sizes, region.dtype))
 
 
-register("squared_attention", ask)
+register("squared_attention", ask, tuning.tune)

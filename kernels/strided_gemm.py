@@ -286,4 +286,4 @@ def _group(axes: list[str], layouts: Sequence[Layout], size: dict[str, int], lim
     return parts + [()] * (limit - len(parts))
 
 
-register("strided_gemm", ask)
+register("strided_gemm", ask, tuning.tune)

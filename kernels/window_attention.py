@@ -307,4 +307,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer(name, run, tuning.case(name, sizes, region.dtype))
 
 
-register("window_attention", ask)
+register("window_attention", ask, tuning.tune)

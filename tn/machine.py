@@ -174,9 +174,32 @@ def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: fl
     )
 
 
-@functools.cache
+_in_use: dict[tuple[str, torch.dtype | None], Machine] = {}
+
+
+def use_table(table: Machine | None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    """Plan with a table in place of the built-in one, from now on and in this process; what is planned already stays.
+
+    Args:
+        table: such as `tn.calibrate` measured; None for the built-in one again.
+        device, dtype: what it is for, by the kind of device; every dtype if None.
+    """
+    key = (torch.device(device).type, dtype)
+    if table is None:
+        _in_use.pop(key, None)
+    else:
+        _in_use[key] = table
+
+
 def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """The built-in table for a device and dtype. On a CPU every dtype uses the fp32 rates, measured with two threads."""
+    """The table for a device and dtype: the one in use (`use_table`), or the built-in one."""
+    kind = torch.device(device).type
+    return _in_use.get((kind, dtype)) or _in_use.get((kind, None)) or _built_in(kind, dtype)
+
+
+@functools.cache
+def _built_in(device: str, dtype: torch.dtype) -> Machine:
+    """On a CPU every dtype uses the fp32 rates, measured with two threads."""
     if torch.device(device).type != "cuda":
         return Machine.from_json((Path(__file__).parent / "machines" / "cpu.json").read_text(encoding="utf-8"))
     # Not measured by this project yet: the vendor's figures, reduced to what large products commonly reach.

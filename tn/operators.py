@@ -21,7 +21,7 @@ from tn.settings import cache_folder, interpreting
 
 __all__ = [
     "Layout", "Offer", "OperatorError", "Refusal", "Region", "attempt", "cache_folder", "interpreting", "offers", "register", "require",
-    "transforming", "usable",
+    "transforming", "tune", "usable",
 ]  # fmt: skip
 
 PACKAGE = "tn_kernels"
@@ -109,14 +109,25 @@ class Refusal:
 
 
 Ask = Callable[[Region], Offer | Refusal]
+Tune = Callable[[Callable[..., Tensor], Sequence[Tensor]], object]
 _registry: dict[str, Ask] = {}
+_tuners: dict[str, Tune] = {}
 
 
-def register(name: str, ask: Ask) -> None:
-    """Make an operator known. Raises OperatorError when the name is taken."""
+def register(name: str, ask: Ask, tune: Tune | None = None) -> None:
+    """Make an operator known.
+
+    Args:
+        tune: measures how the operator is best cut into blocks for a function of some tensors, and keeps that for this device.
+
+    Raises:
+        OperatorError: the name is taken.
+    """
     if name in _registry:
         raise OperatorError(f"operator {name!r} is registered already; registered are: {', '.join(sorted(_registry))}")
     _registry[name] = ask
+    if tune is not None:
+        _tuners[name] = tune
 
 
 def usable(device: torch.device | str) -> bool:
@@ -162,6 +173,13 @@ def attempt(offer: Offer, operands: Sequence[Tensor]) -> Offer | Refusal:
     except (OperatorError, RuntimeError) as error:
         return Refusal(offer.operator, f"does not run here: {error}")
     return offer
+
+
+def tune(offer: Offer, operands: Sequence[Tensor]) -> None:
+    """Measure how the operator is best cut into blocks for these operands; nothing to do for one that is not tuned."""
+    measure = _tuners.get(offer.operator)
+    if measure is not None:
+        measure(offer.run, operands)
 
 
 def transforming() -> bool:

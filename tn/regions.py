@@ -134,9 +134,17 @@ def describe(plan: Plan) -> list[str]:
     return [f"  operators ({where}):", *(f"    {_title(one.part, names)}: {one}" for one in found)]
 
 
-def trained(plan: Plan, part: Part) -> bool:
-    """Whether gradients go through a part."""
-    return any(plan.needs[value] for value, _ in part.operands)
+def offered(plan: Plan) -> Iterator[tuple[Part, Offer]]:
+    """Parts of a plan and the operators that run them, measured or not; each has run once."""
+    for one in answers(plan):
+        if isinstance(one.answer, Offer) and isinstance(_tried(plan, one.part, one.answer), Offer):
+            yield one.part, one.answer
+
+
+def case(plan: Plan, part: Part, offer: Offer) -> str:
+    """The row of a machine table that tells how fast an operator runs a part of this plan."""
+    trained = any(plan.needs[value] for value, _ in part.operands)
+    return offer.case + (TRAINED if trained else "")
 
 
 def example(plan: Plan, part: Part) -> list[Tensor]:
@@ -172,7 +180,7 @@ def _asked(plan: Plan, asked: Sequence[Part]) -> list[Answer]:
             answer = _failures.get((part.region, answer.operator), answer)
             row = None
             if isinstance(answer, Offer):
-                row = plan.machine.operators.get(answer.case + (TRAINED if trained(plan, part) else ""))
+                row = plan.machine.operators.get(case(plan, part, answer))
             found.append(Answer(part, answer) if row is None else Answer(part, answer, row[1] / row[0], row[1] - row[0]))
     return found
 

@@ -1,6 +1,7 @@
 """Plans ask operators: which parts of a plan are offered, what a table's rows choose, and that layers give the same numbers either way."""
 
 import dataclasses
+import sys
 import warnings
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 import tn
 from tests.kernels.oracle import DEVICE
-from tn import operators, regions
+from tn import measured, operators, regions
+from tn.calibrate import with_operators
 from tn.errors import OperatorError
 from tn.machine import Machine, machine
 from tn.operators import Offer, Refusal
@@ -28,7 +30,7 @@ def case_of(network, operator, **options):
     plan = tn.plan(network, device=DEVICE, **options)
     part, answer = next((a.part, a.answer) for a in regions.answers(plan) if a.answer.operator == operator)
     assert isinstance(answer, Offer), answer
-    return answer.case + (TRAINED if regions.trained(plan, part) else "")
+    return regions.case(plan, part, answer)
 
 
 def table(**rows):
@@ -83,10 +85,10 @@ def test_a_measured_row_chooses_the_operator_and_the_reverse_row_does_not(name):
 
 
 def test_refusals_are_printed():
-    text = str(tn.plan(SQUARED, device=DEVICE, dtype=torch.float64))
+    text = str(tn.plan(SQUARED, grad=SQUARED.names, device=DEVICE, dtype=torch.float64))
     assert "v8 from q, k, v: squared_attention: refused: dtype float64; it computes in float32" in text
     text = str(tn.plan(BTT, device=DEVICE, dtype=torch.float64))
-    assert "v4 from x, a, c: chain: refused: dtype float64; it computes in float32, float16" in text
+    assert "x: chain: refused: dtype float64; it computes in float32, float16" in text
     layer = tn.StructuredLinear(12, 12, structure="btt", device=DEVICE)
     assert "chain: offered, no measurement on this table" in tn.explain(layer)
 
@@ -187,16 +189,13 @@ def test_a_compiled_layer_runs_its_operators():
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
 
 
-def _breaking(monkeypatch, when):
-    """Make launches of the chain fail, `when` told whether the plan is being bound."""
-    import sys
-
-    module = sys.modules["tn_kernels.chain"]
+def _breaking(monkeypatch):
+    """Launches of the chain fail."""
 
     def launch(*arguments, **rest):
         raise OperatorError("out of resource: shared memory, Required: 300000")
 
-    monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(sys.modules["tn_kernels.chain"], "launch", launch)
     monkeypatch.setattr(regions, "_failures", {})
 
 
@@ -204,7 +203,7 @@ def test_a_kernel_that_does_not_launch_is_a_refusal_and_torch_runs(monkeypatch):
     network = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=2, j=5, r=2, k=3, l=6), cores=("a", "c"))
     fast = table(**{case_of(network, "chain"): (1e-6, 2e-6)})
     plan = tn.plan(network, device=DEVICE, table=fast)
-    _breaking(monkeypatch, None)
+    _breaking(monkeypatch)
     run = tn.compile(plan)
     assert type(run) is Program
     operands = [torch.randn(shape, device=DEVICE) for shape in ((7, 10), network.shape("a"), network.shape("c"))]
@@ -220,7 +219,7 @@ def test_a_kernel_that_does_not_launch_is_a_refusal_and_torch_runs(monkeypatch):
 def test_a_kernel_that_fails_later_warns_once_and_torch_runs(monkeypatch):
     network = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=5, j=2, r=2, k=3, l=6), cores=("a", "c"))
     run = tn.compile(tn.plan(network, device=DEVICE, table=table(**{case_of(network, "chain"): (1e-6, 2e-6)})))
-    _breaking(monkeypatch, None)
+    _breaking(monkeypatch)
     operands = [torch.randn(shape, device=DEVICE) for shape in ((7, 10), network.shape("a"), network.shape("c"))]
     with pytest.warns(UserWarning, match="torch runs x: .* from here on: out of resource"):
         first = run(*operands)
@@ -271,3 +270,60 @@ def test_attempts_reach_the_gradient():
     assert operators.attempt(offer, [torch.ones(3)]) is offer
     refusal = operators.attempt(offer, [torch.ones(3, requires_grad=True)])
     assert isinstance(refusal, Refusal) and "no backward here" in refusal.reason
+
+
+class Clock:
+    """Runs what it is given and pretends that operators take one second, torch two."""
+
+    def __init__(self):
+        self.runs = []
+
+    def __call__(self, run):
+        self.runs.append(run)
+        run()
+        return 1.0 if len(self.runs) % 2 else 2.0
+
+
+def test_measured_rows_choose_and_say_where_they_were_measured():
+    clock, device = Clock(), torch.device(DEVICE)
+    plans = [tn.plan(BTT, grad=grad, rows=16, device=DEVICE) for grad in ((), BTT.names)]
+    made = with_operators(machine(), device, torch.float32, clock, plans)
+    assert dict(made.operators) == {case_of(BTT, "chain", rows=16, grad=grad): (1.0, 2.0) for grad in ((), BTT.names)}
+    assert len(clock.runs) == 4
+    where = "2 cases of kernels measured" if DEVICE == "cuda" else "kernels not measured on hardware, but interpreted"
+    assert made.source.endswith(where)
+    assert isinstance(tn.compile(tn.plan(BTT, rows=16, device=DEVICE, table=made)), OperatorProgram)
+
+
+def test_a_table_without_rows_says_so():
+    assert with_operators(machine(), torch.device("cpu"), torch.float32, Clock()).source.endswith("; kernels not measured")
+
+
+def test_what_does_not_run_has_no_row(monkeypatch):
+    network = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=3, j=2, r=2, k=3, l=6), cores=("a", "c"))
+    _breaking(monkeypatch)
+    assert measured.rows([tn.plan(network, rows=16, device=DEVICE)], Clock()) == {}
+
+
+def test_common_layers_ask_for_the_kernels():
+    """Every plan that a calibration times by default is offered an operator that is meant for it."""
+    asked = set()
+    for plan in measured.common(machine(), torch.float32, torch.device(DEVICE)):
+        offers = [answer.answer.operator for answer in regions.answers(plan) if isinstance(answer.answer, Offer)]
+        assert offers, str(plan)
+        asked |= set(offers)
+    assert asked >= {"chain", "gated", "squared_attention", "batch_reduced_gemm", "strided_gemm"}
+
+
+def test_layers_plan_with_the_table_in_use(monkeypatch):
+    layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=2, device=DEVICE)
+    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(8)] for a in regions.answers(p) if a.answer.operator == "chain"))
+    tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
+    try:
+        layer(torch.randn(3, 20, device=DEVICE))
+        assert "chain: chosen (2× measured)" in str(layer.plan(8))
+    finally:
+        tn.use_table(None, DEVICE)
+    assert "made up" not in str(layer.plan(8))
+    (run,) = layer._programs.values()
+    assert [offer.operator for _, offer in run.choices] == ["chain"]

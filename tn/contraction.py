@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,12 @@ def _is_tensor(value: object) -> bool:
 class _Compiled:
     """What torch.compile sees of a program: plain calls, chosen operators, or one operator where the fast form is worth having."""
 
-    def __init__(self, run: Program | EinsumProgram) -> None:
+    def __init__(self, plan: Plan, backend: str) -> None:
+        self.refusal = ""
+        try:
+            run = program(plan, backend)
+        except OperatorError as error:  # of backend="triton", whose device and dtype may change before the first call
+            run, self.refusal = program(plan, "planned"), str(error)
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
         self.key = opaque.register(run) if run.fast else ""
@@ -64,6 +69,8 @@ class _Compiled:
             self.source += self.woven.woven_source
 
     def __call__(self, operands: list[Tensor]) -> Tensor:
+        if self.refusal:
+            raise OperatorError(self.refusal)
         if self.woven is not None and self.woven.fits(operands) and not torch._C._are_functorch_transforms_active():
             return self.woven.woven(*operands)
         if not self.key or not fits_fast(operands) or torch._C._are_functorch_transforms_active():
@@ -138,7 +145,7 @@ class Contraction(nn.Module):
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
         sizes = SEGMENTS if self._lead else ((math.inf, None),)
-        runs = [_Compiled(program(self.plan(rows), "planned")) for _, rows in sizes]
+        runs = [_Compiled(self.plan(rows), "triton" if self.backend == "triton" else "planned") for _, rows in sizes]
         # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
         pairs = zip(sizes, runs, [*runs[1:], None], strict=True)
         self._compiled = [(below, run) for (below, _), run, after in pairs if after is None or run.source != after.source]
@@ -150,6 +157,12 @@ class Contraction(nn.Module):
             if ROWS in axes and self.network.dynamic == (ROWS,):
                 return place, max(math.prod(self.network.sizes[axis] for axis in axes if axis != ROWS), 1)
         return None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Contraction":
+        """Moved to another device or dtype: plan for that."""
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero."""

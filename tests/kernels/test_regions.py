@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 import tn
 from tests.kernels.oracle import DEVICE
@@ -180,13 +181,23 @@ def test_a_layer_that_insists_can_be_traced_and_transformed():
 
 
 def test_a_compiled_layer_runs_its_operators():
-    layer = tn.StructuredLinear(12, 12, structure="btt", backend="triton", device=DEVICE)
+    calls = []
+
+    def backend(graph, example):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return aot_eager(graph, example)
+
+    layer = tn.StructuredLinear(12, 12, structure="btt", backend="triton").to(DEVICE)
     x = torch.randn(5, 12, device=DEVICE, requires_grad=True)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    got, want = compiled(x), layer(x)
+    got, want = torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x)
+    assert "tn.chain.default" in calls
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
+    torch._dynamo.reset()
+    double = tn.StructuredLinear(12, 12, structure="btt", backend="triton", dtype=torch.float64).to(DEVICE)
+    with pytest.raises((OperatorError, torch._dynamo.exc.TorchRuntimeError, torch._dynamo.exc.Unsupported), match="dtype float64"):
+        torch.compile(double, fullgraph=True, backend="aot_eager")(x.double())
 
 
 def _breaking(monkeypatch):

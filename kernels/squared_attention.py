@@ -420,19 +420,22 @@ def cheaper_chunked(q: Tensor, k: Tensor, v: Tensor, pairs: int = 1, chunk: int 
 
 
 def ask(region: Region) -> Offer | Refusal:
-    """Offers for a "squared_attention" region: q, k, v and perhaps q2, k2 with four dimensions; options causal and scale, and rotary, True
-    when cos and sin follow.
+    """Offers for a "squared_attention" region: q, k, v and perhaps q2, k2 with four dimensions; options causal (or a mask) and scale, and
+    rotary, True when cos and sin follow.
 
     The linear form runs where it takes fewer FLOPs."""
     name, turned = "squared_attention", bool(region.option.get("rotary"))
     count = len(region.operands) - 2 * turned
     if region.what != name or count not in (3, 5):
         return Refusal(name, f"takes squared attention of q, k, v and perhaps a second pair, this is a {region.what} of {count}")
-    causal, scale = bool(region.option.get("causal", True)), region.option.get("scale")
+    mask, scale = region.option.get("mask"), region.option.get("scale")
+    causal = bool(region.option.get("causal", True) if mask is None else mask.causal)  # type: ignore[attr-defined]
     like = [torch.empty([region.size[axis] for axis in layout.axes], dtype=region.dtype, device="meta") for layout in region.operands]
     pair, tables = like[3:count] or [None, None], like[count:]
     try:
         check_dtype(region, DTYPES)
+        if getattr(mask, "window", None) is not None:
+            raise Unfit("the mask has a window")
         if turned:
             check_tables(*tables, max(like[0].shape[2], like[1].shape[2]), like[0].shape[3])
         _check(*like[:3], *pair, causal)

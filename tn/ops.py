@@ -249,26 +249,17 @@ def _squared_kernel(
     q: Tensor, k: Tensor, v: Tensor, pair: tuple[Tensor, Tensor] | None, mask: Mask, scale: float, rotary: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """Squared attention through the first operator that offers. Raises OperatorError with every reason when none does."""
-    wide = ("batch", "head")
-    axes: list[tuple[str, ...]] = [
-        (*wide, "query", "d"),
-        (*wide, "key", "d"),
-        (*wide, "key", "e"),
-        (*wide, "query", "d"),
-        (*wide, "key", "d"),
-    ]
+    axes = [("batch", "head", *rest.split()) for rest in ("query d", "key d", "key e", "query d", "key d")]
     heads = q.shape[-3] if q.dim() > 2 else 1
     four = [tensor.reshape(-1, heads, *tensor.shape[-2:]) for tensor in (q, k, v, *(pair or ()))]
     axes = axes[: len(four)]
     if rotary is not None:
         four += [table[: k.shape[-2]] for table in rotary]
         axes += [("key", "r"), ("key", "r")]
-    sizes = {axis: size for names, tensor in zip(axes, four, strict=True) for axis, size in zip(names, tensor.shape, strict=True)} | {
-        "d": d
-    }
+    sizes = {axis: size for names, tensor in zip(axes, four, strict=True) for axis, size in zip(names, tensor.shape, strict=True)}
     layouts = tuple(Layout(names, tensor.stride()) for names, tensor in zip(axes, four, strict=True))
     options = (("mask", mask), ("scale", scale), ("rotary", rotary is not None))
-    out = (*wide, "query", "e")
+    out = ("batch", "head", "query", "e")
     offer = require(Region("squared_attention", layouts, out, tuple(sizes.items()), q.dtype, q.device.type, options))
     return offer.run(*four).reshape(*q.shape[:-1], v.shape[-1])
 

@@ -192,7 +192,8 @@ def _space(known: Sizes, weight: bool, width: int) -> tuple[Config, ...]:
             shared = 2 * width * i * (n * j + j * k * rank) + width * k * l * max(i * rank, n)
             cut = config(BN=n, BI=i, BJ=j, BR=rank, BK=k, BL=l)
             if tuning.fits(_held(cut, weight) + j * k * rank, shared):
-                found += [dataclasses.replace(cut, warps=warps, stages=stages) for warps in (4, 8) for stages in (1, 2)]
+                counts = (8, 16) if _held(cut, weight) > 1 << 14 else (4, 8)
+                found += [dataclasses.replace(cut, warps=warps, stages=stages) for warps in counts for stages in (1, 2)]
     return tuple(found)
 
 
@@ -208,11 +209,17 @@ def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
         again = 1 if i <= cut["BI"] else again_l
         return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
 
-    # By the assembler's account for compute capability 9.0, 16 Ki accumulators over eight warps do not spill; 32 Ki do.
-    calm = [cut for cut in _space(known, weight, width) if _held(cut, weight) <= 1 << 14] or _space(known, weight, width)
-    best = min(calm, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
+    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps. 32 Ki hardly do over sixteen
+    # (24 bytes) where z takes a quarter of that and no rank has to be turned; all others spill hundreds of bytes.
+    def calm(cut: Config) -> bool:
+        z = cut["BI"] * cut["BN"] * cut["BK"]
+        return _held(cut, weight) <= (1 << 15 if width == 2 and not weight and r == 1 and z <= 1 << 13 else 1 << 14)
+
+    space = _space(known, weight, width)
+    best = min([*filter(calm, space)] or space, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
     # Products in fp32 take no tensor cores: their operands stand in registers too.
-    return dataclasses.replace(best, warps=8 if width > 2 or _held(best, weight) > 1 << 13 else 4, stages=2)
+    held = _held(best, weight)
+    return dataclasses.replace(best, warps=16 if held > 1 << 14 else 8 if width > 2 or held > 1 << 13 else 4, stages=2)
 
 
 def _cut(kernel: str, x: Tensor, sizes: dict[str, int]) -> Config:

@@ -83,10 +83,11 @@ def _pass(run: Program, operands: list[Tensor], plan: Plan) -> Callable[[], obje
     wanted = [operand for operand in operands if operand.requires_grad]
     if not wanted:
         return torch.no_grad()(functools.partial(run, *operands))
-    cotangent = torch.ones_like(run(*operands))
+    made = run(*operands)
+    cotangents = [torch.ones_like(result) for result in (made if isinstance(made, tuple) else (made,))]
 
     def both() -> object:
-        return torch.autograd.grad(run(*operands), wanted, cotangent)
+        return torch.autograd.grad(run(*operands), wanted, cotangents)
 
     return both
 

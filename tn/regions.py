@@ -6,8 +6,6 @@ part of the plan: a saved plan does not know which kernel ran.
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -192,7 +190,7 @@ def _suited(one: Answer) -> tuple[int, int]:
 
 
 def _names(plan: Plan) -> list[str]:
-    return [term.name for term in plan.network.spec.operands] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
+    return [term.name for term in plan.terms] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
 
 
 def _title(part: Part, names: Sequence[str]) -> str:
@@ -208,20 +206,26 @@ def parts(plan: Plan, every: bool = False) -> list[Part]:
     if any(plan.network.sizes.get(axis) == 0 for axis in plan.network.axes):
         return []  # there is nothing to compute
     made = {step.out: step for step in plan.steps}
-    uses = Counter(itertools.chain.from_iterable((step.left, step.right) for step in plan.steps))
     found: list[Part] = []
     for step in plan.steps:
         found += _squared(plan, step, made)
         found += _gated(plan, step, made)
         for inner, other in ((step.left, step.right), (step.right, step.left)):
             first = made.get(inner)
-            if first is not None and uses[inner] == 1 and "multiply" not in (first.pairing.kind, step.pairing.kind):
+            if first is not None and "multiply" not in (first.pairing.kind, step.pairing.kind):
                 found.append(_contraction(plan, (inner, step.out), (first.left, first.right, other), ("chain",)))
         summed = step.pairing.batch_on == "operands"
         if every or summed or step.pairing.copies:
             names = ("batch_reduced_gemm", "strided_gemm") if summed else ("strided_gemm", "batch_reduced_gemm")
             found.append(_contraction(plan, (step.out,), (step.left, step.right), names))
-    return found
+    return [part for part in found if _alone(plan, part)]
+
+
+def _alone(plan: Plan, part: Part) -> bool:
+    """Whether nobody else takes what a part makes on its way."""
+    inner = set(part.values[:-1])
+    outside = {plan.first(value) for step in plan.steps if step.out not in part.values for value in (step.left, step.right)}
+    return inner.isdisjoint(outside | {plan.first(value) for value in plan.results})
 
 
 def _contraction(plan: Plan, values: tuple[int, ...], operands: tuple[int, ...], operators: tuple[str, ...]) -> Part:
@@ -245,14 +249,11 @@ def _part(
 
 def _same(plan: Plan, one: int, other: int) -> dict[str, str] | None:
     """Axes of the second value → those of the first, where both are one tensor, used twice; None where they are not."""
-    operands = plan.network.spec.operands
-    if one == other:
-        return {axis: axis for axis in plan.orders[one]}
-    if max(one, other) >= len(operands) or operands[one].name != operands[other].name:
+    if plan.first(one) != plan.first(other):
         return None
-    first, second = operands[one].axes, operands[other].axes
-    whole = plan.orders[one] == first and plan.orders[other] == second
-    return dict(zip(second, first, strict=True)) if whole and len(first) == len(second) else None
+    own = {axis: axis for axis in plan.orders[plan.first(one)]}
+    (_, first), (_, second) = (plan.same.get(value, (value, own)) for value in (one, other))
+    return {second[axis]: first[axis] for axis in own}
 
 
 def _gated(plan: Plan, step: Step, made: Mapping[int, Step]) -> Iterator[Part]:
@@ -283,13 +284,18 @@ def _squared(plan: Plan, step: Step, made: Mapping[int, Step]) -> Iterator[Part]
     out = set(plan.orders[step.out])
     for pattern, v in ((step.left, step.right), (step.right, step.left)):
         product = made.get(pattern)
-        if product is None or not _pointwise(plan, product) or product.left not in made or product.right not in made:
+        if product is None or not _pointwise(plan, product):
+            continue
+        factors = [product.left, product.right]
+        if plan.squares(*factors):
+            factors = [plan.first(product.left)] * 2
+        if any(factor not in made for factor in factors):
             continue
         scores, on_v = plan.orders[pattern], set(plan.orders[v])
         keys = tuple(axis for axis in scores if axis not in out)
         queries = tuple(axis for axis in scores if axis not in on_v)
         heads = tuple(axis for axis in scores if axis in on_v and axis in out)
-        pairs = [_scores(plan, made[value], queries, keys) for value in (product.left, product.right)]
+        pairs = [_scores(plan, made[factor], queries, keys) for factor in factors]
         if not queries or not keys or None in pairs:
             continue
         (q, k, d), (q2, k2, d2) = (pair for pair in pairs if pair is not None)
@@ -300,7 +306,7 @@ def _squared(plan: Plan, step: Step, made: Mapping[int, Step]) -> Iterator[Part]
         operands = [(q, (*split, queries, d)), (k, (*split, keys, d)), (v, (*split, keys, width))]
         if not once:
             operands += [(q2, (*split, queries, d2)), (k2, (*split, keys, d2))]
-        values = tuple(dict.fromkeys((product.left, product.right, pattern, step.out)))
+        values = tuple(dict.fromkeys((*factors, pattern, step.out)))
         yield _attention(plan, values, operands, (*split, queries, width))
 
 

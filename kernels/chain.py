@@ -11,9 +11,10 @@ made once and l is walked over instead.
 
 What bounds it, derived and not measured: x is read once for every group of k (K / BK times) and both cores once for every block of rows
 (N / BN times), mostly from the L2 cache. The accumulator, BK · BN · BL fp32 numbers, fills the registers, so at width 4096
-(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = BK = 16 reads 1.6 GB from L2, where two
-products through global memory move 0.54 GB. At width 1024 (32 each) it is 0.13 GB from L2 against 0.13 GB through memory, half of
-which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays in L2: a machine table decides.
+(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = 32 and BK = 16 read 1.1 GB from L2 (rank 4, BN = 32
+and BK = 8: 3.2 GB), where two products through global memory move 0.54 GB (1.3 GB). At width 1024 (32 each) it is 0.13 GB from L2 against
+0.13 GB through memory, half of which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays
+in L2: a machine table decides.
 
 Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with
 the roles of x, A and g, C exchanged.

@@ -105,6 +105,7 @@ OPERANDS = {
         strided(1, 2, 3, 4), strided(1, 1, 5, 4), strided(1, 1, 5, 2, order=(3, 2, 1, 0)),
         strided(1, 2, 3, 4), strided(1, 1, 5, 4), 0.5, True,
     ),
+    "rotary": lambda: (strided(1, 2, 5, 6), *angles(5, 2), False),
     "pair_write": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 3, 5)),
     "pair_read": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 2, 4, 5)),
 }  # fmt: skip

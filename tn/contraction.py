@@ -163,9 +163,15 @@ class Contraction(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Contraction":
         """Moved to another device or dtype: plan for that."""
+        before = self._home()
         super()._apply(fn, recurse)
-        self._prepare()
+        if self._home() != before:
+            self._prepare()
         return self
+
+    def _home(self) -> tuple[torch.dtype, torch.device] | None:
+        cores = [getattr(self, name) for name in self.network.cores]
+        return (cores[0].dtype, cores[0].device) if cores else None
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero."""

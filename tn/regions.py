@@ -63,7 +63,7 @@ class Answer:
             return f"{self.answer.operator}: refused: {self.answer.reason}"
         if self.gain is None:
             return f"{self.answer.operator}: offered, no measurement on this table"
-        return f"{self.answer.operator}: {'chosen' if self.chosen else 'offered, not chosen'} ({self.gain:.2g}× measured)"
+        return f"{self.answer.operator}: {'chosen' if self.chosen else 'offered, not chosen'} ({self.gain:.2f}× measured)"
 
 
 _failures: dict[tuple[Region, str], Refusal] = {}  # operators that did not compile or launch in this process
@@ -107,6 +107,8 @@ def insist(plan: Plan) -> tuple[tuple[Part, Offer], ...]:
         reasons = [f"  triton: runs on CUDA, or on a CPU in its interpreter (TRITON_INTERPRET=1); the tensors are on {plan.device}"]
     elif not plan.steps:
         reasons = ["  there is no product to run"]
+    elif _empty(plan):
+        reasons = ["  an axis has size zero"]
     taken: set[int] = set()
     chosen = []
     for one in sorted(_asked(plan, parts(plan, every=True)), key=_suited) if not reasons else ():
@@ -203,8 +205,8 @@ def parts(plan: Plan, every: bool = False) -> list[Part]:
     Args:
         every: single steps too that torch runs without a copy and without a summed batch.
     """
-    if any(plan.network.sizes.get(axis) == 0 for axis in plan.network.axes):
-        return []  # there is nothing to compute
+    if _empty(plan):
+        return []
     made = {step.out: step for step in plan.steps}
     found: list[Part] = []
     for step in plan.steps:
@@ -219,6 +221,10 @@ def parts(plan: Plan, every: bool = False) -> list[Part]:
             names = ("batch_reduced_gemm", "strided_gemm") if summed else ("strided_gemm", "batch_reduced_gemm")
             found.append(_contraction(plan, (step.out,), (step.left, step.right), names))
     return [part for part in found if _alone(plan, part)]
+
+
+def _empty(plan: Plan) -> bool:
+    return any(plan.network.sizes.get(axis) == 0 for axis in plan.network.axes)
 
 
 def _alone(plan: Plan, part: Part) -> bool:

@@ -71,14 +71,14 @@ def test_a_measured_row_chooses_the_operator_and_the_reverse_row_does_not(name):
     case = case_of(network, operator, grad=network.names)
     fast, slow = table(**{case: (1e-6, 2e-6)}), table(**{case: (2e-6, 1e-6)})
     plan = tn.plan(network, grad=network.names, device=DEVICE, table=fast)
-    assert f"{operator}: chosen (2× measured)" in str(plan)
+    assert f"{operator}: chosen (2.00× measured)" in str(plan)
     run = tn.compile(plan)
     assert isinstance(run, OperatorProgram)
     assert [offer.operator for _, offer in run.choices] == [operator]
     assert "op_0(" in run.source
     compare(run, network, shapes)
     other = tn.plan(network, grad=network.names, device=DEVICE, table=slow)
-    assert f"{operator}: offered, not chosen (0.5× measured)" in str(other)
+    assert f"{operator}: offered, not chosen (0.50× measured)" in str(other)
     assert type(tn.compile(other)) is Program
     unmeasured = tn.plan(network, grad=network.names, device=DEVICE)
     assert f"{operator}: offered, no measurement on this table" in str(unmeasured)
@@ -154,6 +154,9 @@ def test_what_a_backend_cannot_honour_is_an_error_with_every_reason():
         layer(torch.randn(5, 12, dtype=torch.float64, device=DEVICE))
     assert "chain: dtype float64; it computes in float32, float16" in str(raised.value)
     assert str(raised.value).count("strided_gemm: dtype float64") == 2
+    for spec, sizes, reason in (("i j -> j i", {}, "there is no product to run"), ("i j, j k -> i k", {"k": 0}, "an axis has size zero")):
+        with pytest.raises(OperatorError, match=reason):
+            program(tn.plan(tn.network(spec, sizes), device=DEVICE), "triton")
     mixed = tn.StructuredLinear(12, 12, structure="btt", backend="triton", device=DEVICE)
     mixed.first.data = mixed.first.data.half()
     with pytest.raises(OperatorError, match=r"takes tensors of torch\.float32 on \w+, got x torch\.float32, first torch\.float16"):
@@ -332,7 +335,7 @@ def test_layers_plan_with_the_table_in_use(monkeypatch):
     tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
     try:
         layer(torch.randn(3, 20, device=DEVICE))
-        assert "chain: chosen (2× measured)" in str(layer.plan(8))
+        assert "chain: chosen (2.00× measured)" in str(layer.plan(8))
     finally:
         tn.use_table(None, DEVICE)
     assert "made up" not in str(layer.plan(8))

@@ -101,3 +101,13 @@ def test_a_layer_with_several_outputs_trains_compiles_and_is_saved():
         tn.Contraction(spec, sizes=sizes, cores=("a", "c", "e", "f"), bias=True)
     with torch.no_grad(), tn.frozen(layer.eval()):
         torch.testing.assert_close(layer(x), twin(x))
+
+
+def test_attention_gets_its_operands_in_the_order_it_wants():
+    sizes = dict(width=32, head=4, dim=8, also=8, value=8)
+    spec = "x: batch seq width, a: width head dim, c: width head also, e: width head value"
+    outputs = "q: batch head seq dim, k: batch head seq also, v: batch head seq value"
+    layer = tn.Contraction(f"{spec} -> {outputs}", sizes=sizes, cores=("a", "c", "e"), dtype=torch.float64)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    for made, core in zip(layer(x), layer.parameters(), strict=True):
+        torch.testing.assert_close(made, torch.einsum("bsw,whd->bhsd", x, core))

@@ -3,21 +3,25 @@
 First every kernel is compared with float64, forward and every gradient; without a GPU in Triton's interpreter, at small sizes. A kernel
 that is wrong stops the bench. Then each is compiled for compute capability 9.0 at the size that matters, which needs no GPU, and the
 assembler's account of it printed. Times, and fractions of the rates measured in the same minute, need a GPU; without one their columns
-say so.
+say so. At the end a GPT trains: dense, and BTT with torch's products and with kernels.
 """
 
+import argparse
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+import tn
+from bench import kernel_training
 from bench.models import Parser
 from bench.row import RESULTS, Row, append, wide_console
 from bench.timing import Timing, interleaved
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from tn_kernels.ahead import Resources
 
 NOT_MEASURED = "not measured"
+GPT = "GPT"
+RESERVED = 90  # seconds kept for the training rows
 CAPABILITY = 90
 # Of the norm of a result or gradient, in units of round-off: sums are taken in fp32, what is left are a few roundings to the dtype, and in
 # fp32 the sums themselves.
@@ -103,12 +109,29 @@ def passes(run: Callable[..., Tensor], operands: list[Tensor], trained: bool) ->
     return {"forward": forward, "forward + backward": both}
 
 
-def timed(case: "Case", peak: float, bandwidth: float, rounds: int) -> list[Row]:
-    """One row for each pass and each peer: the kernel's time, and how many times faster it is. Needs a GPU."""
+def captured(run: Run) -> Run:
+    """A function that replays what one call launches, as a CUDA graph; the call itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+        return run
+    return graph.replay
+
+
+def timed(case: "Case", peak: float, bandwidth: float, given: argparse.Namespace, device: str = "cuda") -> list[Row]:
+    """One row for each pass and each peer: the kernel's time, and how many times faster it is."""
     torch.manual_seed(0)
-    operands = case.operands(case.shapes, torch.bfloat16, "cuda")
+    operands = case.operands(case.shapes, torch.bfloat16, device)
     operands = [operand.detach().requires_grad_(case.trained) for operand in operands]
-    rivals = {"torch": case.eager, "torch.compile": torch.compile(case.eager), **case.peers}
+    rivals = {"torch": case.eager, **({} if given.quick else {"torch.compile": torch.compile(case.eager)}), **case.peers}
     runs = {"kernel": passes(case.run, operands, case.trained)}
     for name, rival in rivals.items():
         try:
@@ -122,7 +145,8 @@ def timed(case: "Case", peak: float, bandwidth: float, rounds: int) -> list[Row]
     for what in runs["kernel"]:
         factor = 1 if what == "forward" else 3
         flops, moved = factor * case.flops(case.shapes), factor * 2 * case.moved(case.shapes)
-        times = interleaved({name: both[what] for name, both in runs.items()}, rounds=rounds)
+        work = {name: captured(both[what]) if given.graphs else both[what] for name, both in runs.items()}
+        times = interleaved(work, rounds=3 if given.quick else given.rounds)
         best = max(flops / peak, moved / bandwidth)
         found += [_row(case, what, times["kernel"], name, times[name], flops, moved, best) for name in times if name != "kernel"]
     return found
@@ -161,85 +185,152 @@ def _resource_rows(case: "Case", used: "list[tuple[tuple[int, ...], dict[str, ob
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    """Check, compile, time, print and store; returns 0, or 1 when a kernel is wrong."""
+def _parser() -> Parser:
     parser = Parser(prog="python -m bench kernels", description=__doc__)
-    parser.add_argument("--only", default="", help="only kernels whose name starts with this")
+    parser.add_argument("--only", default="", help="only kernels whose name starts with this; the training rows are called GPT")
+    parser.add_argument("--quick", action="store_true", help="fewer samples, one dtype, no compiled peers, a smaller GPT")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each time (default: 7)")
+    parser.add_argument("--seconds", type=float, default=500, help="start nothing new after this long, and say so (default: 500)")
     parser.add_argument("--gate", action="store_true", help="only compare with float64")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU: time replays of CUDA graphs, without the cost of launching")
     parser.add_argument("--tune", action="store_true", help="on a GPU: first measure every way to cut every kernel, and keep the fastest")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.jsonl", help="file the rows are added to")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Check, compile, time, print and store, kernel by kernel; returns 0, or 1 when a kernel is wrong or does not run."""
+    given = _parser().parse_args(arguments)
     if given.rounds < 1:
         raise ValueError(f"rounds is a count of at least 1, got {given.rounds}")
     from bench.kernel_cases import CASES  # late: loads the kernels and their compiler
 
-    names = sorted({case.kernel for case in CASES})
+    begun, names = time.monotonic(), [*sorted({case.kernel for case in CASES}), GPT]
     cases = [case for case in CASES if case.kernel.startswith(given.only)]
-    if not cases:
+    if not cases and not GPT.startswith(given.only):
         raise ValueError(unknown("kernel", given.only, names))
     gpu = torch.cuda.is_available()
     if gpu or interpreting():
-        dtypes = (torch.float32, torch.float16, *((torch.bfloat16,) if gpu else ()))
+        halves = (torch.bfloat16,) if gpu and given.quick else (torch.float16, torch.bfloat16) if gpu else (torch.float16,)
+        dtypes = halves if gpu and given.quick else (torch.float32, *halves)
         wrong = gate(cases, dtypes, "cuda" if gpu else "cpu")
         print("\n".join(wrong) or f"{len(cases)} cases agree with float64, forward and every gradient ({', '.join(map(str, dtypes))})")
         if wrong or given.gate or not gpu:
             return int(bool(wrong))
-    else:
+    elif cases:
         # Triton decides when it is imported whether it interprets, and this process has to compile: the interpreter gets its own.
         command = [sys.executable, "-m", "bench", "kernels", "--gate", "--only", given.only]
         code = subprocess.run(command, env=interpreted(), check=False).returncode
         if code or given.gate:
             return code
-    return _report(cases, given.rounds, given.tune, given.out)
+    return _report(cases, given, begun + given.seconds)
 
 
-def _report(cases: "list[Case]", rounds: int, tune: bool, out: Path) -> int:
-    console, found = wide_console(), []
+def _report(cases: "list[Case]", given: argparse.Namespace, deadline: float) -> int:
+    """Measure case by case, each printed and stored as soon as it is there; the tables follow."""
+    console, gpu, failed = wide_console(), torch.cuda.is_available(), 0
+    peak, bandwidth = rates() if gpu else (None, None)
+    title = "not measured, there is no GPU here"
+    if peak is not None and bandwidth is not None:
+        title = f"{torch.cuda.get_device_name()}, bf16; measured: {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s copied"
+        print(title, flush=True)
+    taken: dict[str, list[Row]] = {}
+    times: list[Row] = []
+    for case in cases:
+        title_of = f"{case.kernel}: {case.name}"
+        if gpu and time.monotonic() > deadline - RESERVED * GPT.startswith(given.only):
+            print(f"{title_of}: {NOT_MEASURED}, out of time (--seconds {given.seconds:.0f})", flush=True)
+            times += _untimed(case)
+            continue
+        try:
+            taken[title_of] = [] if gpu and given.quick else _resource_rows(case, resources(case))
+            if gpu and given.tune:
+                _tune(case)
+            rows = timed(case, peak, bandwidth, given) if peak and bandwidth else _untimed(case)
+        except (tn.OperatorError, RuntimeError) as error:
+            failed, rows = 1, _untimed(case)
+            print(f"{title_of}: does not run: {error}", file=sys.stderr, flush=True)
+        if gpu:
+            print("\n".join(map(_line, rows)), flush=True)
+        append([*taken.get(title_of, []), *(row for row in rows if row.seconds is not None)], given.out)
+        times += rows
+    if not (gpu and given.quick) and cases:
+        console.print(_resource_table(taken))
+    if cases:
+        console.print(_time_table(f"times: {title}", times))
+    if GPT.startswith(given.only):
+        trained, problem = _trained(peak, given, deadline)
+        append([row for row in trained if row.seconds is not None], given.out)
+        console.print(_training_table(trained, title))
+        failed |= problem
+    console.print(f"rows: {given.out}", highlight=False)
+    return failed
+
+
+def _trained(peak: float | None, given: argparse.Namespace, deadline: float) -> tuple[list[Row], int]:
+    """(the training rows, 1 if they could not be measured)."""
+    case = kernel_training.QUICK if given.quick else kernel_training.CASE
+    if peak is not None and time.monotonic() > deadline:
+        print(f"{GPT}: {NOT_MEASURED}, out of time (--seconds {given.seconds:.0f})", flush=True)
+        return kernel_training.rows(case, None, given.rounds), 0
+    try:
+        return kernel_training.rows(case, peak, 3 if given.quick else given.rounds), 0
+    except (tn.OperatorError, RuntimeError) as error:
+        print(f"{GPT}: does not run: {error}", file=sys.stderr, flush=True)
+        return kernel_training.rows(case, None, given.rounds), 1
+
+
+def _line(row: Row) -> str:
+    if row.seconds is None or row.ratio is None:
+        return f"{row.case}: {row.what}: {NOT_MEASURED}"
+    share = row.settings["fraction of the measured roofline"]
+    return f"{row.case}: {row.what}: {row.seconds * 1e3:.3f} ms, {share:.0%} of the roofline, {row.ratio:.2f} times as fast as {row.peer}"
+
+
+def _tune(case: "Case") -> None:
+    from tn_kernels import tuning  # late: loads the compiler
+
+    operands = [t.detach().requires_grad_(case.trained) for t in case.operands(case.shapes, torch.bfloat16, "cuda")]
+    best = tuning.tune(lambda *given: _all(case.run, list(given)), operands)
+    print("\n".join(f"{key}: {config}" for key, config in best.items()), flush=True)
+
+
+def _untimed(case: "Case") -> list[Row]:
+    """The rows without numbers, so that nobody takes their absence for an oversight."""
+    rows = []
+    for what, factor in (("forward", 1), ("forward + backward", 3)) if case.trained else (("forward", 1),):
+        work = {"flops": factor * case.flops(case.shapes), "bytes": factor * 2 * case.moved(case.shapes)}
+        peers = ("torch", "torch.compile", *case.peers)
+        rows += [Row(bench="kernels", case=f"{case.kernel}: {case.name}", what=what, peer=peer, **work) for peer in peers]
+    return rows
+
+
+def _resource_table(taken: dict[str, list[Row]]) -> Table:
     table = Table(title=f"compiled for compute capability {CAPABILITY / 10}, bf16, not run", title_justify="left", pad_edge=False)
     for heading in ("kernel", "grid", "blocks", "warps", "registers", "stack", "shared", "per SM", "products"):
         table.add_column(heading, justify="left" if heading in ("kernel", "blocks", "products") else "right")
-    for case in cases:
-        used = resources(case)
-        found += _resource_rows(case, used)
-        table.add_row(f"[bold]{case.kernel}[/]: {case.name}")
-        for grid, blocks, one in used:
-            cut = " ".join(f"{name}{extent}" for name, extent in blocks.items())
-            shared, size = f"{one.shared / 1024:.0f} KiB", "×".join(map(str, grid))
-            numbers = (str(one.warps), str(one.registers), f"{one.stack} B", shared, str(one.programs), one.instructions)
-            table.add_row(f"  {one.kernel}", size, cut, *numbers)
-    console.print(table)
-    found += _times(cases, rounds, tune, console.print) if torch.cuda.is_available() else _untimed(cases, console.print)
-    append([row for row in found if row.seconds is not None or row.settings.get("registers")], out)
-    console.print(f"rows: {out}", highlight=False)
-    return 0
+    for name, rows in taken.items():
+        kernel, _, case = name.partition(": ")
+        table.add_row(f"[bold]{kernel}[/]: {case}")
+        for row in rows:
+            one: dict[str, Any] = row.settings
+            cut = " ".join(f"{block}{extent}" for block, extent in one["blocks"].items())
+            numbers = (str(one["warps"]), str(one["registers"]), f"{one['stack']} B", f"{one['shared'] / 1024:.0f} KiB")
+            name_of = row.what.partition(",")[0]
+            table.add_row(f"  {name_of}", "×".join(map(str, one["grid"])), cut, *numbers, str(one["programs"]), one["instructions"])
+    return table
 
 
-def _times(cases: "list[Case]", rounds: int, tune: bool, show: Callable[[Table], None]) -> list[Row]:
-    from tn_kernels import tuning  # late: loads the compiler
-
-    if tune:
-        for case in cases:
-            operands = [t.detach().requires_grad_(case.trained) for t in case.operands(case.shapes, torch.bfloat16, "cuda")]
-            best = tuning.tune(lambda *o, case=case: _all(case.run, list(o)), operands)
-            print("\n".join(f"{key}: {config}" for key, config in best.items()))
-    peak, bandwidth = rates()
-    title = f"{torch.cuda.get_device_name()}, bf16; measured: {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s copied"
-    rows = [row for case in cases for row in timed(case, peak, bandwidth, rounds)]
-    show(_time_table(title, rows))
-    return rows
-
-
-def _untimed(cases: "list[Case]", show: Callable[[Table], None]) -> list[Row]:
-    """The same table without numbers, so that nobody takes their absence for an oversight."""
-    rows = []
-    for case in cases:
-        for what, factor in (("forward", 1), ("forward + backward", 3)) if case.trained else (("forward", 1),):
-            work = {"flops": factor * case.flops(case.shapes), "bytes": factor * 2 * case.moved(case.shapes)}
-            peers = ("torch", "torch.compile", *case.peers)
-            rows += [Row(bench="kernels", case=f"{case.kernel}: {case.name}", what=what, peer=peer, **work) for peer in peers]
-    show(_time_table("times: not measured, there is no GPU here", rows))
-    return rows
+def _training_table(rows: list[Row], title: str) -> Table:
+    table = Table(title=f"GPT training step: {title}", title_justify="left", pad_edge=False)
+    for heading in ("model", "parameters", "GFLOP", "median", "tokens/s", "MFU", "times faster than dense"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in rows:
+        mfu = row.settings.get("MFU, of the measured product rate")
+        numbers = [f"{row.seconds * 1e3:.1f} ms", f"{row.tokens_per_second:,.0f}"] if row.seconds else [NOT_MEASURED] * 2
+        numbers += [f"{mfu:.1%}" if isinstance(mfu, float) else NOT_MEASURED, f"{row.ratio:.2f}" if row.ratio else NOT_MEASURED]
+        table.add_row(row.case, f"{row.settings['parameters']:,}", f"{row.flops / 1e9:,.0f}", *numbers)
+    return table
 
 
 def _time_table(title: str, rows: list[Row]) -> Table:

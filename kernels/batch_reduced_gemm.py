@@ -23,7 +23,7 @@ from tn.operators import Layout, Offer, OperatorError, Refusal, Region, register
 from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
-from tn_kernels.views import Unfit, check_dtype, check_result, order_of, view
+from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
 
 PROGRAMS = 256  # about two for each multiprocessor of a large device: the sum is cut into parts until there are that many
 
@@ -167,10 +167,10 @@ def ask(region: Region) -> Offer | Refusal:
             left, right, rows, columns = right, left, columns, rows
         check_result(region, [rows, columns])
         outer, inner = _two(summed, [left, right], size)
+        see_a, see_b = view(left, [outer, rows, inner], region), view(right, [outer, inner, columns], region)
+        shape = shape_of(region)
     except Unfit as unfit:
         return Refusal(name, str(unfit))
-    see_a, see_b = view(left, [outer, rows, inner], size), view(right, [outer, inner, columns], size)
-    shape = tuple(size[axis] for axis in region.out)
 
     def run(one: Tensor, other: Tensor) -> Tensor:
         a, b = (other, one) if swap else (one, other)
@@ -198,4 +198,4 @@ def _two(summed: list[str], layouts: list[Layout], size: dict[str, int]) -> tupl
     raise Unfit(f"summed axes {' '.join(order)} are more than two dimensions of the operands")
 
 
-register("batch_reduced_gemm", ask)
+register("batch_reduced_gemm", ask, tuning.tune)

@@ -11,9 +11,10 @@ made once and l is walked over instead.
 
 What bounds it, derived and not measured: x is read once for every group of k (K / BK times) and both cores once for every block of rows
 (N / BN times), mostly from the L2 cache. The accumulator, BK · BN · BL fp32 numbers, fills the registers, so at width 4096
-(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = BK = 16 reads 1.6 GB from L2, where two
-products through global memory move 0.54 GB. At width 1024 (32 each) it is 0.13 GB from L2 against 0.13 GB through memory, half of
-which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays in L2: a machine table decides.
+(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = 32 and BK = 16 read 1.1 GB from L2 (rank 4, BN = 32
+and BK = 8: 3.2 GB), where two products through global memory move 0.54 GB (1.3 GB). At width 1024 (32 each) it is 0.13 GB from L2 against
+0.13 GB through memory, half of which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays
+in L2: a machine table decides.
 
 Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with
 the roles of x, A and g, C exchanged.
@@ -34,7 +35,7 @@ from tn.operators import Layout, Offer, OperatorError, Refusal, Region, register
 from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
-from tn_kernels.views import Unfit, check_dtype, check_result, order_of, view
+from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
 
 MOST_RANK = 128  # z of one piece has to fit registers
 
@@ -192,7 +193,8 @@ def _space(known: Sizes, weight: bool, width: int) -> tuple[Config, ...]:
             shared = 2 * width * i * (n * j + j * k * rank) + width * k * l * max(i * rank, n)
             cut = config(BN=n, BI=i, BJ=j, BR=rank, BK=k, BL=l)
             if tuning.fits(_held(cut, weight) + j * k * rank, shared):
-                found += [dataclasses.replace(cut, warps=warps, stages=stages) for warps in (4, 8) for stages in (1, 2)]
+                counts = (8, 16) if _held(cut, weight) > 1 << 14 else (4, 8)
+                found += [dataclasses.replace(cut, warps=warps, stages=stages) for warps in counts for stages in (1, 2)]
     return tuple(found)
 
 
@@ -208,11 +210,17 @@ def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
         again = 1 if i <= cut["BI"] else again_l
         return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
 
-    # By the assembler's account for compute capability 9.0, 16 Ki accumulators over eight warps do not spill; 32 Ki do.
-    calm = [cut for cut in _space(known, weight, width) if _held(cut, weight) <= 1 << 14] or _space(known, weight, width)
-    best = min(calm, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
+    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps. 32 Ki hardly do over sixteen
+    # (24 bytes) where z takes a quarter of that and no rank has to be turned; all others spill hundreds of bytes.
+    def calm(cut: Config) -> bool:
+        z = cut["BI"] * cut["BN"] * cut["BK"]
+        return _held(cut, weight) <= (1 << 15 if width == 2 and not weight and r == 1 and z <= 1 << 13 else 1 << 14)
+
+    space = _space(known, weight, width)
+    best = min([*filter(calm, space)] or space, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
     # Products in fp32 take no tensor cores: their operands stand in registers too.
-    return dataclasses.replace(best, warps=8 if width > 2 or _held(best, weight) > 1 << 13 else 4, stages=2)
+    held = _held(best, weight)
+    return dataclasses.replace(best, warps=16 if held > 1 << 14 else 8 if width > 2 or held > 1 << 13 else 4, stages=2)
 
 
 def _cut(kernel: str, x: Tensor, sizes: dict[str, int]) -> Config:
@@ -335,10 +343,11 @@ def ask(region: Region) -> Offer | Refusal:
         sizes = {role: math.prod(size[axis] for axis in axes) for role, axes in merged.items()}
         if sizes["r"] > MOST_RANK:
             raise Unfit(f"rank {sizes['r']}; the intermediate stays in registers up to rank {MOST_RANK}")
+        named = zip(tensors, ("nij", "ijrk", "kirl"), strict=True)
+        views = [view(layout, [merged[role] for role in axes], region) for layout, axes in named]
+        shape = shape_of(region)
     except Unfit as unfit:
         return Refusal("chain", str(unfit))
-    views = [view(layout, [merged[role] for role in axes], size) for layout, axes in zip(tensors, ("nij", "ijrk", "kirl"), strict=True)]
-    shape = tuple(size[axis] for axis in region.out)
 
     def run(*operands: Tensor) -> Tensor:
         x, a, c = (see(operands[place]) for see, place in zip(views, places, strict=True))
@@ -347,4 +356,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer("chain", run, tuning.case("chain", sizes, region.dtype))
 
 
-register("chain", ask)
+register("chain", ask, tuning.tune)

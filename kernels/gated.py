@@ -24,7 +24,7 @@ from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.pointwise import ACTIVATIONS, activate, check_activation, slope
 from tn_kernels.registration import Operator
-from tn_kernels.views import Unfit, check_dtype, check_result, order_of, view
+from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
 
 
 @triton.jit
@@ -179,11 +179,11 @@ def ask(region: Region) -> Offer | Refusal:
         layouts = [*region.operands, Layout.dense(region.out, size)]
         roles = [order_of([axis for axis in size if axis in role], layouts, size) for role in (x - w, x & w, w - x)]
         check_result(region, [roles[0], roles[2]])
+        see_x = view(region.operands[0], roles[:2], region)
+        see_w, see_v = (view(layout, roles[1:], region) for layout in region.operands[1:])
+        shape = shape_of(region)
     except (Unfit, OperatorError) as unfit:
         return Refusal("gated", str(unfit))
-    see_x = view(region.operands[0], roles[:2], size)
-    see_w, see_v = (view(layout, roles[1:], size) for layout in region.operands[1:])
-    shape = tuple(size[axis] for axis in region.out)
 
     def run(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
         return gated(see_x(x), see_w(w), see_v(v), activation).reshape(shape)
@@ -192,4 +192,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer("gated", run, tuning.case("gated", sizes, region.dtype))
 
 
-register("gated", ask)
+register("gated", ask, tuning.tune)

@@ -5,6 +5,7 @@ A launch can also be recorded instead of run, on tensors without data, so that a
 
 import contextlib
 import contextvars
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def launch(kernel: object, grid: tuple[int, ...], *arguments: object, cut: Confi
         wide_offsets: the kernel takes every offset that may be large in 64 bits.
 
     Raises:
-        OperatorError: it does not compile or does not fit the device, with Triton's message; or an operand is too large for its offsets.
+        OperatorError: it does not compile, fit or start, with the message of Triton or the driver; an operand is too large for its offsets.
     """
     constants = {**dict(cut.blocks), **constants}
     if not wide_offsets:
@@ -102,7 +103,8 @@ def launch(kernel: object, grid: tuple[int, ...], *arguments: object, cut: Confi
     try:
         with guard:
             kernel[grid](*arguments, **constants, num_warps=cut.warps, num_stages=cut.stages)  # type: ignore[index]
-    except TritonError as error:
+    # Triton's driver and a missing compiler raise RuntimeError, a compiler of launchers that fails CalledProcessError.
+    except (TritonError, RuntimeError, subprocess.CalledProcessError) as error:
         raise OperatorError(f"{getattr(kernel, '__name__', kernel)} with {constants}: {error}") from error
 
 

@@ -121,8 +121,7 @@ def forward(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor
                  if tuning.fits(16 * block(c, 16, MOST_LATENT), stages * width * n * (c + r))],
     )  # fmt: skip
     rows, groups = b * s * h, b * ceil_div(s * h, cut["BM"])
-    # Enough programs for the device, but parts long enough that joining them costs little.
-    split = ceil_div(t, max(1, min(ceil_div(PROGRAMS, groups), ceil_div(t, 4 * cut["BN"]))))
+    split = ceil_div(t, _parts(groups, ceil_div(t, 4 * cut["BN"])))
     split = ceil_div(split, cut["BN"]) * cut["BN"]
     parts = ceil_div(t, split)
     made = q.new_empty(parts, rows, c, dtype=torch.float32)
@@ -136,6 +135,16 @@ def forward(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor
     join = tuning.cut("mla_decode_join", q, {"c": c}, lambda: joins[0], lambda: joins)
     launch(_join_kernel, (rows,), made, logs, y, denominators, c, parts, rows, cut=join, wide_offsets=True, BC=block(c, 16, MOST_LATENT))
     return y, denominators
+
+
+def _parts(groups: int, most: int) -> int:
+    """Parts to cut each sequence into: as few as keep a device busy to the end, and long enough that joining them costs little.
+
+    >>> _parts(1, 512), _parts(128, 32), _parts(300, 32), _parts(1000, 1)
+    (264, 2, 7, 1)
+    """
+    counts = range(1, max(1, min(most, max(8, PROGRAMS // groups))) + 1)
+    return min(counts, key=lambda parts: ceil_div(groups * parts, PROGRAMS) / parts)
 
 
 def reference(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -197,4 +206,4 @@ def ask(region: Region) -> Offer | Refusal:
     return Offer(name, run, tuning.case(name, sizes, region.dtype))
 
 
-register("mla_decode", ask)
+register("mla_decode", ask, tuning.tune)

@@ -7,7 +7,7 @@ the size queries × keys is stored. Nothing is normalised, so blocks of keys are
     dq_i = Σ_j da_ij k_j                   dk_j = Σ_i da_ij q_i       (q', k' with db; for one pair the two add)
 
 Two kernels make the gradients: one owns queries, one owns keys. Heads of k and v may be fewer than those of q (grouped queries).
-Rotary embeddings are applied outside: a kernel would rotate every key again for every block of queries.
+Rotary embeddings turn q and k before, see `rotary`.
 
 The same sum in linear time: (q·k)(q'·k') = ⟨q⊗q', k⊗k'⟩, so keys before a chunk are one state Σ_j k_j⊗k'_j⊗v_j; see `chunked` and
 `pair_state`. A token then costs 4 D² E + 4 C D + 2 C E FLOPs, C a chunk, instead of T (2 D + E) at sequence length T, causal.
@@ -25,6 +25,8 @@ from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.pair_state import pair_read, pair_write
 from tn_kernels.registration import Operator
+from tn_kernels.rotary import check_tables
+from tn_kernels.rotary import rotary as turn
 from tn_kernels.views import Unfit, check_dtype
 
 MOST_WIDTH = 256  # of q and of v: their blocks stay in shared memory
@@ -38,6 +40,20 @@ def _rows(ptr, o_s, o_d, S, D, s_s, s_d):
 
 
 @triton.jit
+def _turn(i, blocks, CAUSAL: tl.constexpr):
+    """Which block of queries a program owns: under a causal pattern the last ones, which see most, start first."""
+    return blocks - 1 - i if CAUSAL else i
+
+
+@triton.jit
+def _bounds(i_m, S, T, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr):
+    """(keys in whole blocks that every query of a block sees, keys that any of them sees). Only those between need a mask."""
+    if CAUSAL:
+        return (i_m + T - S + 1) // BN * BN, tl.minimum(T, i_m + BM + T - S)
+    return T, T
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, q2_ptr, k2_ptr, v_ptr, y_ptr, scale, H, G, S, T, D, E,
     s_qb, s_qh, s_qs, s_qd, s_kb, s_kh, s_ks, s_kd, s_q2b, s_q2h, s_q2s, s_q2d, s_k2b, s_k2h, s_k2s, s_k2d,
@@ -47,7 +63,7 @@ def _forward_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(S, BM)
     i_b, i_h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
-    i_m, i_g = tl.program_id(0) % blocks * BM, i_h // (H // G)
+    i_m, i_g = _turn(tl.program_id(0) % blocks, blocks, CAUSAL) * BM, i_h // (H // G)
     o_m, o_d, o_e = i_m + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
     p_k, p_k2 = k_ptr + i_b * s_kb + i_g * s_kh, k2_ptr + i_b * s_k2b + i_g * s_k2h
     p_v = v_ptr + i_b * s_vb + i_g * s_vh
@@ -55,19 +71,20 @@ def _forward_kernel(
     if PAIR:
         b_q2 = _rows(q2_ptr + i_b * s_q2b + i_h * s_q2h, o_m, o_d, S, D, s_q2s, s_q2d)
     total = tl.zeros((BM, BE), tl.float32)
-    end = tl.minimum(T, i_m + BM + T - S) if CAUSAL else T
-    for n in range(0, end, BN):
-        o_n = n + tl.arange(0, BN)
-        a = tl.dot(b_q, tl.trans(_rows(p_k, o_n, o_d, T, D, s_ks, s_kd)), input_precision=PRECISION) * scale
-        if PAIR:
-            b = tl.dot(b_q2, tl.trans(_rows(p_k2, o_n, o_d, T, D, s_k2s, s_k2d)), input_precision=PRECISION) * scale
-            p = a * b
-        else:
-            p = a * a
-        if CAUSAL:
-            p = tl.where(o_n[None, :] <= o_m[:, None] + (T - S), p, 0.0)
-        b_v = _rows(p_v, o_n, o_e, T, E, s_vs, s_ve)
-        total = tl.dot(p.to(b_v.dtype), b_v, total, input_precision=PRECISION)
+    clear, end = _bounds(i_m, S, T, BM, BN, CAUSAL)
+    for masked in tl.static_range(2 if CAUSAL else 1):
+        for n in range(clear if masked else 0, end if masked else clear, BN):
+            o_n = n + tl.arange(0, BN)
+            a = tl.dot(b_q, tl.trans(_rows(p_k, o_n, o_d, T, D, s_ks, s_kd)), input_precision=PRECISION) * scale
+            if PAIR:
+                b = tl.dot(b_q2, tl.trans(_rows(p_k2, o_n, o_d, T, D, s_k2s, s_k2d)), input_precision=PRECISION) * scale
+                p = a * b
+            else:
+                p = a * a
+            if masked:
+                p = tl.where(o_n[None, :] <= o_m[:, None] + (T - S), p, 0.0)
+            b_v = _rows(p_v, o_n, o_e, T, E, s_vs, s_ve)
+            total = tl.dot(p.to(b_v.dtype), b_v, total, input_precision=PRECISION)
     p_y = y_ptr + i_b * s_yb + i_h * s_yh + o_m[:, None] * s_ys + o_e[None, :]
     tl.store(p_y, total.to(y_ptr.dtype.element_ty), mask=(o_m < S)[:, None] & (o_e < E)[None, :])
 
@@ -83,7 +100,7 @@ def _query_kernel(
     """Gradients of q and q' for one block of queries."""
     blocks = tl.cdiv(S, BM)
     i_b, i_h = (tl.program_id(0) // blocks // H).to(tl.int64), (tl.program_id(0) // blocks % H).to(tl.int64)
-    i_m, i_g = tl.program_id(0) % blocks * BM, i_h // (H // G)
+    i_m, i_g = _turn(tl.program_id(0) % blocks, blocks, CAUSAL) * BM, i_h // (H // G)
     o_m, o_d, o_e = i_m + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
     p_k, p_k2 = k_ptr + i_b * s_kb + i_g * s_kh, k2_ptr + i_b * s_k2b + i_g * s_k2h
     p_v = v_ptr + i_b * s_vb + i_g * s_vh
@@ -93,21 +110,22 @@ def _query_kernel(
     if PAIR:
         b_q2 = _rows(q2_ptr + i_b * s_q2b + i_h * s_q2h, o_m, o_d, S, D, s_q2s, s_q2d)
         dq2 = tl.zeros((BM, BD), tl.float32)
-    end = tl.minimum(T, i_m + BM + T - S) if CAUSAL else T
-    for n in range(0, end, BN):
-        o_n = n + tl.arange(0, BN)
-        b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
-        a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        dp = tl.dot(b_g, tl.trans(_rows(p_v, o_n, o_e, T, E, s_vs, s_ve)), input_precision=PRECISION) * (scale * scale)
-        if CAUSAL:
-            dp = tl.where(o_n[None, :] <= o_m[:, None] + (T - S), dp, 0.0)
-        if PAIR:
-            b_k2 = _rows(p_k2, o_n, o_d, T, D, s_k2s, s_k2d)
-            b = tl.dot(b_q2, tl.trans(b_k2), input_precision=PRECISION)
-            dq = tl.dot((dp * b).to(b_k.dtype), b_k, dq, input_precision=PRECISION)
-            dq2 = tl.dot((dp * a).to(b_k.dtype), b_k2, dq2, input_precision=PRECISION)
-        else:
-            dq = tl.dot((dp * 2.0 * a).to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+    clear, end = _bounds(i_m, S, T, BM, BN, CAUSAL)
+    for masked in tl.static_range(2 if CAUSAL else 1):
+        for n in range(clear if masked else 0, end if masked else clear, BN):
+            o_n = n + tl.arange(0, BN)
+            b_k = _rows(p_k, o_n, o_d, T, D, s_ks, s_kd)
+            a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            dp = tl.dot(b_g, tl.trans(_rows(p_v, o_n, o_e, T, E, s_vs, s_ve)), input_precision=PRECISION) * (scale * scale)
+            if masked:
+                dp = tl.where(o_n[None, :] <= o_m[:, None] + (T - S), dp, 0.0)
+            if PAIR:
+                b_k2 = _rows(p_k2, o_n, o_d, T, D, s_k2s, s_k2d)
+                b = tl.dot(b_q2, tl.trans(b_k2), input_precision=PRECISION)
+                dq = tl.dot((dp * b).to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+                dq2 = tl.dot((dp * a).to(b_k.dtype), b_k2, dq2, input_precision=PRECISION)
+            else:
+                dq = tl.dot((dp * 2.0 * a).to(b_k.dtype), b_k, dq, input_precision=PRECISION)
     offsets = i_b * s_db + i_h * s_dh + o_m[:, None] * s_ds + o_d[None, :]
     mask = (o_m < S)[:, None] & (o_d < D)[None, :]
     tl.store(dq_ptr + offsets, dq.to(dq_ptr.dtype.element_ty), mask=mask)
@@ -134,30 +152,33 @@ def _key_kernel(
     if PAIR:
         b_k2 = _rows(k2_ptr + i_b * s_k2b + i_g * s_k2h, o_n, o_d, T, D, s_k2s, s_k2d)
         dk2 = tl.zeros((BN, BD), tl.float32)
+    # The first queries see some of these keys, those from `clear` on see all.
     begin = tl.maximum(i_n - (T - S), 0) // BM * BM if CAUSAL else 0
+    clear = tl.minimum(tl.cdiv(tl.maximum(i_n + BN - 1 - (T - S), 0), BM) * BM, tl.cdiv(S, BM) * BM) if CAUSAL else 0
     for head in range(H // G):
         i_h = i_g * (H // G) + head
-        for m in range(begin, S, BM):
-            o_m = m + tl.arange(0, BM)
-            b_q = _rows(q_ptr + i_b * s_qb + i_h * s_qh, o_m, o_d, S, D, s_qs, s_qd)
-            b_g = _rows(g_ptr + i_b * s_gb + i_h * s_gh, o_m, o_e, S, E, s_gs, s_ge)
-            a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
-            dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * scale
-            if PAIR:
-                b_q2 = _rows(q2_ptr + i_b * s_q2b + i_h * s_q2h, o_m, o_d, S, D, s_q2s, s_q2d)
-                b = tl.dot(b_k2, tl.trans(b_q2), input_precision=PRECISION) * scale
-                p, da, db = a * b, dp * b, dp * a
-            else:
-                p, da = a * a, dp * 2.0 * a
-            if CAUSAL:
-                allow = o_n[:, None] <= o_m[None, :] + (T - S)
-                p, da = tl.where(allow, p, 0.0), tl.where(allow, da, 0.0)
-            dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
-            dk = tl.dot(da.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
-            if PAIR:
-                if CAUSAL:
-                    db = tl.where(allow, db, 0.0)
-                dk2 = tl.dot(db.to(b_q.dtype), b_q2, dk2, input_precision=PRECISION)
+        for masked in tl.static_range(2 if CAUSAL else 1):
+            for m in range(begin if masked else clear, clear if masked else S, BM):
+                o_m = m + tl.arange(0, BM)
+                b_q = _rows(q_ptr + i_b * s_qb + i_h * s_qh, o_m, o_d, S, D, s_qs, s_qd)
+                b_g = _rows(g_ptr + i_b * s_gb + i_h * s_gh, o_m, o_e, S, E, s_gs, s_ge)
+                a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
+                dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * scale
+                if PAIR:
+                    b_q2 = _rows(q2_ptr + i_b * s_q2b + i_h * s_q2h, o_m, o_d, S, D, s_q2s, s_q2d)
+                    b = tl.dot(b_k2, tl.trans(b_q2), input_precision=PRECISION) * scale
+                    p, da, db = a * b, dp * b, dp * a
+                else:
+                    p, da = a * a, dp * 2.0 * a
+                if masked:
+                    allow = o_n[:, None] <= o_m[None, :] + (T - S)
+                    p, da = tl.where(allow, p, 0.0), tl.where(allow, da, 0.0)
+                dv = tl.dot(p.to(b_g.dtype), b_g, dv, input_precision=PRECISION)
+                dk = tl.dot(da.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+                if PAIR:
+                    if masked:
+                        db = tl.where(allow, db, 0.0)
+                    dk2 = tl.dot(db.to(b_q.dtype), b_q2, dk2, input_precision=PRECISION)
     offsets, mask = i_b * s_db + i_g * s_dh + o_n[:, None] * s_ds + o_d[None, :], (o_n < T)[:, None] & (o_d < D)[None, :]
     tl.store(dk_ptr + offsets, dk.to(dk_ptr.dtype.element_ty), mask=mask)
     if PAIR:
@@ -204,7 +225,9 @@ def _cut(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Config:
         if not half:  # products in fp32 take no tensor cores: their operands stand in registers too
             return config(BM=block(s, 16, 64 if narrow else 32), BN=block(t, 16, 32), warps=8, stages=2)
         most = 128 if narrow and kernel.endswith("forward") else 64
-        return config(BM=block(s, 16, most), BN=block(t, 16, 64), warps=8 if most == 128 else 4, stages=3)
+        # By the assembler's account for compute capability 9.0, a third stage makes the key kernel spill.
+        stages = 2 if kernel.endswith("keys") else 3
+        return config(BM=block(s, 16, most), BN=block(t, 16, 64), warps=8 if most == 128 else 4, stages=stages)
 
     def space() -> list[Config]:
         found = []
@@ -295,18 +318,42 @@ _operator = Operator("squared_attention", forward=forward, reference=reference, 
 
 
 def squared_attention(
-    q: Tensor, k: Tensor, v: Tensor, q2: Tensor | None = None, k2: Tensor | None = None, *, scale: float | None = None, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2: Tensor | None = None,
+    k2: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = Σ_j (scale q·k_j) (scale q2·k2_j) v_j, the second pair being the first where it is None.
 
     Args:
         q, q2: (b, heads, queries, d). k, k2: (b, groups, keys, d), groups dividing heads. v: (b, groups, keys, e). d, e at most 256.
         scale: 1 / d if None. causal: the last query stands at the last key and sees no later one.
+        rotary: cos and sin (keys, r) that turn queries and keys of both pairs, see `rotary`; the last query stands at the last key.
 
     Returns:
         (b, heads, queries, e). Raises OperatorError for operands that do not belong together.
     """
+    q, k, q2, k2 = _turned(q, k, q2, k2, rotary)
     return _operator(q, k, v, q2, k2, 1 / max(q.shape[-1], 1) if scale is None else scale, causal)
+
+
+def _turned(
+    q: Tensor, k: Tensor, q2: Tensor | None, k2: Tensor | None, tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Queries and keys, turned where there are tables."""
+    if tables is None:
+        return q, k, q2, k2
+    cos, sin = tables
+    first = k.shape[-2] - q.shape[-2]
+    if first < 0:
+        raise OperatorError(f"rotary of {q.shape[-2]} queries and {k.shape[-2]} keys: expected at least as many keys")
+    q, k = turn(q, cos[first:], sin[first:]), turn(k, cos, sin)
+    return q, k, q2 if q2 is None else turn(q2, cos[first:], sin[first:]), k2 if k2 is None else turn(k2, cos, sin)
 
 
 def chunked(
@@ -318,6 +365,7 @@ def chunked(
     *,
     scale: float | None = None,
     chunk: int = CHUNK,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`squared_attention`, causal, in time linear in the sequence: inside a chunk as it stands, before it through a state of d·d·e numbers.
 
@@ -327,6 +375,7 @@ def chunked(
     Returns:
         (b, heads, queries, e). The state is kept in the operands' dtype and grows with the sequence: fp16 overflows where the sums do.
     """
+    q, k, q2, k2 = _turned(q, k, q2, k2, rotary)
     _check(q, k, v, q2, k2, True)
     (b, h, t, d), g, e = q.shape, k.shape[1], v.shape[3]
     if k.shape[2] != t:
@@ -371,17 +420,24 @@ def cheaper_chunked(q: Tensor, k: Tensor, v: Tensor, pairs: int = 1, chunk: int 
 
 
 def ask(region: Region) -> Offer | Refusal:
-    """Offers for a "squared_attention" region: q, k, v and perhaps q2, k2 with four dimensions; options causal and scale.
+    """Offers for a "squared_attention" region: q, k, v and perhaps q2, k2 with four dimensions; options causal (or a mask) and scale, and
+    rotary, True when cos and sin follow.
 
     The linear form runs where it takes fewer FLOPs."""
-    name, count = "squared_attention", len(region.operands)
+    name, turned = "squared_attention", bool(region.option.get("rotary"))
+    count = len(region.operands) - 2 * turned
     if region.what != name or count not in (3, 5):
         return Refusal(name, f"takes squared attention of q, k, v and perhaps a second pair, this is a {region.what} of {count}")
-    causal, scale = bool(region.option.get("causal", True)), region.option.get("scale")
+    mask, scale = region.option.get("mask"), region.option.get("scale")
+    causal = bool(region.option.get("causal", True) if mask is None else mask.causal)  # type: ignore[attr-defined]
     like = [torch.empty([region.size[axis] for axis in layout.axes], dtype=region.dtype, device="meta") for layout in region.operands]
-    pair = like[3:] or [None, None]
+    pair, tables = like[3:count] or [None, None], like[count:]
     try:
         check_dtype(region, DTYPES)
+        if getattr(mask, "window", None) is not None:
+            raise Unfit("the mask has a window")
+        if turned:
+            check_tables(*tables, max(like[0].shape[2], like[1].shape[2]), like[0].shape[3])
         _check(*like[:3], *pair, causal)
     except (Unfit, OperatorError) as unfit:
         return Refusal(name, str(unfit))
@@ -389,10 +445,13 @@ def ask(region: Region) -> Offer | Refusal:
     linear = causal and cheaper_chunked(q, k, v, (count - 1) // 2)
 
     def run(*operands: Tensor) -> Tensor:
-        return chunked(*operands, scale=scale) if linear else squared_attention(*operands, scale=scale, causal=causal)  # type: ignore[arg-type]
+        rotary = (operands[-2], operands[-1]) if turned else None
+        if linear:
+            return chunked(*operands[:count], scale=scale, rotary=rotary)  # type: ignore[arg-type]
+        return squared_attention(*operands[:count], scale=scale, causal=causal, rotary=rotary)  # type: ignore[arg-type]
 
     sizes = {"b": q.shape[0], **dict(zip("hgstde", _sizes(q, k, v), strict=True)), "pairs": (count - 1) // 2}
     return Offer(name, run, tuning.case("chunked" if linear else name, sizes, region.dtype))
 
 
-register("squared_attention", ask)
+register("squared_attention", ask, tuning.tune)

@@ -24,7 +24,7 @@ from tn_kernels import tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.pointwise import ACTIVATIONS, activate, check_activation, slope
 from tn_kernels.registration import Operator
-from tn_kernels.views import Unfit, check_dtype, stride_of, view
+from tn_kernels.views import Unfit, check_dtype, shape_of, stride_of, view
 
 GROUP = 8  # blocks of rows whose programs are neighbours, so that they share blocks of B in L2
 
@@ -244,19 +244,17 @@ def ask(region: Region) -> Offer | Refusal:
             _group([axis for axis in wide if axis in member], [result, left, right, *rest], size, limit)
             for member, limit in zip(members, (2, 3, 3, 3), strict=True)
         ]
+        batch, rows, columns, summed = groups
+        roles = [*batch, *rows, *columns]
+        see_a, see_b = view(left, [*batch, *rows, *summed], region), view(right, [*batch, *summed, *columns], region)
+        sees = {key: view(layout, columns if key == "bias" else roles, region) for key, layout in zip(extra, rest, strict=True)}
+        shape = shape_of(region)
     except (Unfit, OperatorError) as unfit:
         return Refusal(name, str(unfit))
-    batch, rows, columns, summed = groups
-    see_a, see_b = view(left, [*batch, *rows, *summed], size), view(right, [*batch, *summed, *columns], size)
-    sees = {
-        key: view(layout, columns if key == "bias" else [*batch, *rows, *columns], size) for key, layout in zip(extra, rest, strict=True)
-    }
-    roles = [*batch, *rows, *columns]
     place = {axis: at for at, axis in enumerate(region.out)}
     order = sorted(range(8), key=lambda role: place[roles[role][0]] if roles[role] else -1)
     back = sorted((axis for axis in region.out if size[axis] != 1), key=lambda axis: place[axis])
     assert back == [axis for role in order for axis in roles[role]]
-    shape = tuple(size[axis] for axis in region.out)
     scale, activation = float(option.get("scale", 1.0)), str(option.get("activation", "none"))
 
     def run(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
@@ -288,4 +286,4 @@ def _group(axes: list[str], layouts: Sequence[Layout], size: dict[str, int], lim
     return parts + [()] * (limit - len(parts))
 
 
-register("strided_gemm", ask)
+register("strided_gemm", ask, tuning.tune)

@@ -67,8 +67,19 @@ def cut(
     requests = _requests.get()
     if requests is not None:
         requests.append(Request(kernel, case(kernel, problem, tensor.dtype), tuple(space())))
-    measured = _measured(kernel, tuple(problem.items()), tensor.dtype, tensor.device.index or 0) if tensor.is_cuda else None
-    return measured or default()
+    if not tensor.is_cuda:
+        return default()
+    return _known(_measured(kernel, tuple(problem.items()), tensor.dtype, tensor.device.index or 0), default(), tensor.device.index or 0)
+
+
+def _known(measured: Config | None, default: Config, device: int) -> Config:
+    """What was measured, unless it was for a kernel whose blocks had other names."""
+    if measured is None:
+        return default
+    if {name for name, _ in measured.blocks} != {name for name, _ in default.blocks}:
+        _warn_once(path(device_name(device)), f"blocks {dict(measured.blocks)} are of another version of the kernel")
+        return default
+    return measured
 
 
 def case(kernel: str, problem: Mapping[str, int], dtype: torch.dtype) -> str:

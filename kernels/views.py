@@ -19,7 +19,7 @@ class View:
 
     Attributes:
         order: dimensions of the operand, grouped by role. shape: sizes of the roles, 1 where the operand lacks one.
-        full: sizes of the roles, so that a missing one is broadcast.
+        full: sizes of the roles, so that a missing one is broadcast. In both, -1 where a call decides.
     """
 
     order: tuple[int, ...]
@@ -64,12 +64,30 @@ def stride_of(axes: Sequence[str], layout: Layout, sizes: Mapping[str, int]) -> 
     return strides[axes[-1]] if axes else 0
 
 
-def view(layout: Layout, roles: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> View:
-    """How an operand is seen with these roles, each an order of axes."""
-    full = tuple(_volume(role, sizes) for role in roles)
+def view(layout: Layout, roles: Sequence[Sequence[str]], region: Region) -> View:
+    """How an operand is seen with these roles, each an order of axes.
+
+    Raises:
+        Unfit: the operand is broadcast along an axis whose size only a call tells, or has two of those.
+    """
+    full = tuple(map(region.extent, roles))
     present = [tuple(axis for axis in role if axis in layout.axes) for role in roles]
-    shape = tuple(_volume(role, sizes) for role in present)
-    return View(tuple(layout.axes.index(axis) for role in present for axis in role), shape, full)
+    shape = tuple(map(region.extent, present))
+    if shape.count(-1) != full.count(-1):
+        raise Unfit(f"an operand is broadcast along one of {' '.join(region.dynamic)}, whose size is known at a call only")
+    if shape.count(-1) > 1:
+        raise Unfit(f"axes {' '.join(region.dynamic)} are dynamic; one at most on a tensor")
+    order = [axis for role in present for axis in role]
+    order += [axis for axis in layout.axes if axis not in order]  # of size one, with no role
+    return View(tuple(map(layout.axes.index, order)), shape, full)
+
+
+def shape_of(region: Region) -> tuple[int, ...]:
+    """Shape of the result, -1 where a call decides. Raises Unfit where it does so twice."""
+    shape = tuple(region.extent((axis,)) for axis in region.out)
+    if shape.count(-1) > 1:
+        raise Unfit(f"axes {' '.join(region.dynamic)} are dynamic; one at most on a tensor")
+    return shape
 
 
 def check_result(region: Region, roles: Sequence[Sequence[str]]) -> None:
@@ -89,10 +107,3 @@ def check_dtype(region: Region, dtypes: Sequence[object]) -> None:
 
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _volume(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
-    result = 1
-    for axis in axes:
-        result *= sizes[axis]
-    return result

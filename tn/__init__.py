@@ -11,7 +11,7 @@ from tn.experts import balance_loss
 from tn.frozen import frozen
 from tn.guidance import Guide, guide
 from tn.linear import Embedding, StructuredLinear
-from tn.machine import Machine
+from tn.machine import Machine, use_table
 from tn.network import Network, network
 from tn.ops import Mask
 from tn.plan import Plan, plan
@@ -33,5 +33,5 @@ __all__ = [
     "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify", "einsum", "errors",
     "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops", "param_groups", "plan",
     "project", "register_structure", "restructure", "save_restructured", "segments", "structures", "tensordot", "testing", "trace",
-    "transpose",
+    "transpose", "use_table",
 ]  # fmt: skip

@@ -1,13 +1,16 @@
 """Measure a machine table: every product in `tn.machine.SHAPES`, copies, and new memory. Only ever run when asked."""
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from tn import measured
 from tn.machine import READS, SHAPES, Machine
+from tn.plan import Plan
 
 _ELEMENTS = 1 << 20  # of all operands of one measurement: they stay in cache
 _PASSES = 3
@@ -44,15 +47,29 @@ class _Clock:
             torch.cuda.synchronize(self.device)
 
 
-def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32, budget: float = 0.002, name: str = "") -> Machine:
+def calibrate(
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    budget: float = 0.002,
+    name: str = "",
+    plans: Iterable[Plan] | None = None,
+    tune: bool = False,
+) -> Machine:
     """Measure the machine table of a device, in about half a minute on a CPU. Nothing else should run meanwhile.
+
+    On CUDA each kernel is also timed against the torch path, which takes a minute more to compile them; plans that use the table then
+    take the kernels that were faster.
 
     Args:
         device, dtype: to measure; the number of threads is torch's current one.
         budget: seconds spent on each of about 3,500 products, three times. name: of the table.
+        plans: whose parts operators are timed on, such as `[layer.plan(2048)]`, made for this device and dtype; on CUDA those of common
+            layers if None. tune: first measure how each kernel is best cut into blocks, and keep that on disk; minutes.
 
     Returns:
-        A Machine; keep it with `to_json`, use it as `tn.plan(..., table=...)`.
+        A Machine; keep it with `to_json`, use it with `tn.use_table` or as `tn.plan(..., table=...)`. Its source says whether kernels were
+        timed, and whether that was on hardware.
     """
     where = torch.device(device)
     clock = _Clock(where, budget)
@@ -89,7 +106,25 @@ def calibrate(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.
     source = f"measured: {where.type}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     near, tiles = (1 << 20, True) if where.type == "cpu" else (0, False)
     rounded = {key: float(f"{value:.3g}") for key, value in rates.items()}
-    return Machine(name=name or where.type, mm=mm, bmm=bmm, loop=loop, near=near, paged=_PAGED, tiles=tiles, source=source, **rounded)
+    table = Machine(name=name or where.type, mm=mm, bmm=bmm, loop=loop, near=near, paged=_PAGED, tiles=tiles, source=source, **rounded)
+    return with_operators(table, where, dtype, clock, plans, tune=tune)
+
+
+def with_operators(
+    table: Machine,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[Callable[[], object]], float],
+    plans: Iterable[Plan] | None = None,
+    *,
+    tune: bool = False,
+) -> Machine:
+    """The table with rows of operators timed by a clock, which its source mentions; see `calibrate`."""
+    if plans is None and device.type != "cuda":
+        return dataclasses.replace(table, source=f"{table.source}; kernels not measured")
+    timed = measured.rows(measured.common(table, dtype, device) if plans is None else plans, clock, tune=tune and device.type == "cuda")
+    how = f"{len(timed)} cases of kernels measured" if device.type == "cuda" else "kernels not measured on hardware, but interpreted"
+    return dataclasses.replace(table, operators={**table.operators, **timed}, source=f"{table.source}; {how}")
 
 
 def _operand(new: Callable[..., Tensor], letter: str, *shape: int) -> Tensor:

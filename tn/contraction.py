@@ -2,9 +2,8 @@
 
 import contextlib
 import contextvars
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
 from tn.plan import DEFAULT_ROWS, Plan, plan
-from tn.program import EinsumProgram, Program, autocast, fits_fast
+from tn.program import EinsumProgram, OperatorProgram, Program, autocast, fits_fast, program
 from tn.segments import ROW_RANGES, cells
 from tn.spec import ROWS
 
-BACKENDS = ("planned", "einsum")
+BACKENDS = ("planned", "einsum", "triton")
 
 _SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
@@ -26,7 +25,10 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every Contraction that this thread calls inside the block with one backend: "planned", or "einsum", the readable reference.
+    """Run every Contraction that this thread calls inside the block with one backend.
+
+    Args:
+        name: "planned"; "einsum", the readable reference; or "triton", kernels for every step, measured or not.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(6, 4, structure="btt")
@@ -51,23 +53,29 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-@functools.lru_cache(maxsize=4096)
-def program(plan: Plan, backend: str) -> Program | EinsumProgram:
-    """The Program of a plan; equal plans share one."""
-    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
-
-
 class _Compiled:
-    """What torch.compile sees of a program: plain calls, or one operator where the fast form is worth having."""
+    """What torch.compile sees of a program: plain calls, chosen operators, or one operator where the fast form is worth having."""
 
-    def __init__(self, run: Program | EinsumProgram) -> None:
+    def __init__(self, plan: Plan, backend: str) -> None:
+        self.refusal = ""
+        try:
+            run = program(plan, backend)
+        except OperatorError as error:  # of backend="triton", whose device and dtype may change before the first call
+            run, self.refusal = program(plan, "planned"), str(error)
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
         alone = set(run.plan.saved).isdisjoint(map(run.plan.first, run.plan.results))  # an operator may not return a tensor twice
         self.key = opaque.register(run) if run.fast and alone else ""
         self.outputs = run.outputs
+        self.woven = run if isinstance(run, OperatorProgram) else None
+        if self.woven is not None:
+            self.source += self.woven.woven_source
 
     def __call__(self, operands: list[Tensor]) -> Any:
+        if self.refusal:
+            raise OperatorError(self.refusal)
+        if self.woven is not None and self.woven.fits(operands) and not torch._C._are_functorch_transforms_active():
+            return self.woven.woven(*operands)
         if not self.key or not fits_fast(operands) or torch._C._are_functorch_transforms_active():
             return self.plain(*operands)
         made = opaque.contraction(operands, self.key)
@@ -83,7 +91,9 @@ class Contraction(nn.Module):
         cores: names of the trainable tensors in the order they are applied. The other operands are inputs of `forward`, in spec order.
         bias: add a vector to the last stored dimension of the output.
         zero_init: start with the last core at zero, so that the layer first gives zero.
-        device, dtype: of the parameters. backend: "planned" or "einsum".
+        device, dtype: of the parameters.
+        backend: "planned": torch, and kernels where the machine table has them measured faster. "einsum": the readable reference. "triton":
+            kernels for every step; a call that they cannot run raises OperatorError with every reason.
 
     Parameters are named by their core and have the shape the spec stores them in; `bias` comes last. Each core starts normal with
     the standard deviation sqrt(min(d_in, d_out)) / d_in of its `Network.fans()` (arXiv:2406.06248).
@@ -139,7 +149,8 @@ class Contraction(nn.Module):
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
         self._cells = cells(self.network)
-        runs = [_Compiled(program(self.plan(sizes=self._cells.sizes(cell)), "planned")) for cell in range(len(self._cells))]
+        kind = "triton" if self.backend == "triton" else "planned"
+        runs = [_Compiled(self.plan(sizes=self._cells.sizes(cell)), kind) for cell in range(len(self._cells))]
         self._compiled = [(math.inf, run) for run in runs]
         if self._lead:  # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
             pairs = zip(ROW_RANGES, runs, [*runs[1:], None], strict=True)
@@ -152,6 +163,18 @@ class Contraction(nn.Module):
             if ROWS in axes and self.network.dynamic == (ROWS,):
                 return place, max(math.prod(self.network.sizes[axis] for axis in axes if axis != ROWS), 1)
         return None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Contraction":
+        """Moved to another device or dtype: plan for that."""
+        before = self._home()
+        super()._apply(fn, recurse)
+        if self._home() != before:
+            self._prepare()
+        return self
+
+    def _home(self) -> tuple[torch.dtype, torch.device] | None:
+        cores = [getattr(self, name) for name in self.network.cores]
+        return (cores[0].dtype, cores[0].device) if cores else None
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero."""

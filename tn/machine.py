@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ class Machine:
         fresh: bytes/s of first touching new memory, which a tensor of `paged` bytes or more always is.
         tiles: whether working on a tile of rows at a time can pay.
         source: where the numbers come from.
+        operators: case of an operator (`tn.operators.Offer.case`; with " trained" behind it, forward and gradients) → measured seconds
+            of the operator and of the torch path. Empty where nothing was measured, and then no plan chooses an operator.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Machine:
     paged: int
     tiles: bool
     source: str
+    operators: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def product(self, m: int, n: int, k: int, reads: str = "NN") -> float:
         """Seconds of one product (m, k) × (k, n), operands in cache."""
@@ -95,7 +99,9 @@ class Machine:
 
     def to_json(self) -> str:
         """Canonical JSON; `Machine.from_json` reads it."""
-        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        value = {one.name: getattr(self, one.name) for one in fields(self)}
+        if not self.operators:
+            del value["operators"]
         return json.dumps({"format": FORMAT, **value}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -108,10 +114,18 @@ class Machine:
             value[key] = tuple(tuple(line) for line in value[key])
             if [len(line) for line in value[key]] != [len(SHAPES)] * len(READS):
                 raise PlanError(f"machine table {value.get('name')!r}: {key} needs {len(READS)} lines of {len(SHAPES)} numbers")
+        value["operators"] = {case: _row(value["name"], case, row) for case, row in value.get("operators", {}).items()}
         return cls(**value)
 
     def __repr__(self) -> str:
         return f"Machine({self.name!r}, {self.source!r})"
+
+
+def _row(table: object, case: str, row: object) -> tuple[float, float]:
+    """Seconds of an operator and of torch. Raises PlanError unless both are positive numbers."""
+    if not isinstance(row, list) or len(row) != 2 or not all(isinstance(value, int | float) and 0 < value < math.inf for value in row):
+        raise PlanError(f"machine table {table!r}: {case!r} has {row!r}, expected seconds of the operator and of torch")
+    return float(row[0]), float(row[1])
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -160,9 +174,32 @@ def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: fl
     )
 
 
-@functools.cache
+_in_use: dict[tuple[str, torch.dtype | None], Machine] = {}
+
+
+def use_table(table: Machine | None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    """Plan with a table in place of the built-in one, from now on and in this process; what is planned already stays.
+
+    Args:
+        table: such as `tn.calibrate` measured; None for the built-in one again.
+        device, dtype: what it is for, by the kind of device; every dtype if None.
+    """
+    key = (torch.device(device).type, dtype)
+    if table is None:
+        _in_use.pop(key, None)
+    else:
+        _in_use[key] = table
+
+
 def machine(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-    """The built-in table for a device and dtype. On a CPU every dtype uses the fp32 rates, measured with two threads."""
+    """The table for a device and dtype: the one in use (`use_table`), or the built-in one."""
+    kind = torch.device(device).type
+    return _in_use.get((kind, dtype)) or _in_use.get((kind, None)) or _built_in(kind, dtype)
+
+
+@functools.cache
+def _built_in(device: str, dtype: torch.dtype) -> Machine:
+    """On a CPU every dtype uses the fp32 rates, measured with two threads."""
     if torch.device(device).type != "cuda":
         return Machine.from_json((Path(__file__).parent / "machines" / "cpu.json").read_text(encoding="utf-8"))
     # Not measured by this project yet: the vendor's figures, reduced to what large products commonly reach.

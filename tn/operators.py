@@ -21,7 +21,7 @@ from tn.settings import cache_folder, interpreting
 
 __all__ = [
     "Layout", "Offer", "OperatorError", "Refusal", "Region", "attempt", "cache_folder", "interpreting", "offers", "register", "require",
-    "transforming", "usable",
+    "transforming", "tune", "usable",
 ]  # fmt: skip
 
 PACKAGE = "tn_kernels"
@@ -54,6 +54,7 @@ class Region:
         operands: one Layout for each tensor that the callable will be given; its dimensions are the axes in this order.
         out: axes of the result in memory order; the result is contiguous.
         sizes: (axis, size) pairs. dtype, device: of all operands.
+        dynamic: axes whose size may be another at a call; an offer holds for every size, a view of an operand says -1 for it.
         options: (name, value) pairs that belong to `what`, such as an activation or a mask.
     """
 
@@ -64,11 +65,17 @@ class Region:
     dtype: torch.dtype
     device: str = "cuda"
     options: tuple[tuple[str, object], ...] = ()
+    dynamic: tuple[str, ...] = ()
 
     @property
     def size(self) -> dict[str, int]:
         """axis → size."""
         return dict(self.sizes)
+
+    def extent(self, axes: Sequence[str]) -> int:
+        """The size of axes as one dimension; -1 where a call decides it."""
+        size = self.size
+        return -1 if any(axis in self.dynamic for axis in axes) else math.prod(size[axis] for axis in axes)
 
     @property
     def option(self) -> dict[str, object]:
@@ -102,14 +109,25 @@ class Refusal:
 
 
 Ask = Callable[[Region], Offer | Refusal]
+Tune = Callable[[Callable[..., Tensor], Sequence[Tensor]], object]
 _registry: dict[str, Ask] = {}
+_tuners: dict[str, Tune] = {}
 
 
-def register(name: str, ask: Ask) -> None:
-    """Make an operator known. Raises OperatorError when the name is taken."""
+def register(name: str, ask: Ask, tune: Tune | None = None) -> None:
+    """Make an operator known.
+
+    Args:
+        tune: measures how the operator is best cut into blocks for a function of some tensors, and keeps that for this device.
+
+    Raises:
+        OperatorError: the name is taken.
+    """
     if name in _registry:
         raise OperatorError(f"operator {name!r} is registered already; registered are: {', '.join(sorted(_registry))}")
     _registry[name] = ask
+    if tune is not None:
+        _tuners[name] = tune
 
 
 def usable(device: torch.device | str) -> bool:
@@ -138,14 +156,30 @@ def require(region: Region) -> Offer:
 
 
 def attempt(offer: Offer, operands: Sequence[Tensor]) -> Offer | Refusal:
-    """Run an offer once on copies of the operands: the offer itself, or a Refusal with the message of what failed to compile or launch."""
+    """Run an offer once on copies of the operands, and the gradients of those that take one.
+
+    Returns:
+        The offer itself, or a Refusal with the message of what failed to compile or launch.
+    """
+    copies = [operand.detach().clone(memory_format=torch.preserve_format).requires_grad_(operand.requires_grad) for operand in operands]
+    trained = [copy for copy in copies if copy.requires_grad]
     try:
-        offer.run(*(operand.detach().clone(memory_format=torch.preserve_format) for operand in operands))
+        with torch.set_grad_enabled(bool(trained)):
+            result = offer.run(*copies)
+            if trained:
+                torch.autograd.grad(result, trained, torch.zeros_like(result))
         if operands and operands[0].is_cuda:
             torch.cuda.synchronize(operands[0].device)  # a kernel that faults says so only when it is waited for
     except (OperatorError, RuntimeError) as error:
         return Refusal(offer.operator, f"does not run here: {error}")
     return offer
+
+
+def tune(offer: Offer, operands: Sequence[Tensor]) -> None:
+    """Measure how the operator is best cut into blocks for these operands; nothing to do for one that is not tuned."""
+    measure = _tuners.get(offer.operator)
+    if measure is not None:
+        measure(offer.run, operands)
 
 
 def transforming() -> bool:

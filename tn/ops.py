@@ -175,14 +175,105 @@ def _attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float 
     return offer.run(*four).reshape(*q.shape[:-1], v.shape[-1])
 
 
-def _record_attention(q: Tensor, k: Tensor, v: Tensor, result: Tensor) -> None:
+def squared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q2: Tensor | None = None,
+    k2: Tensor | None = None,
+    *,
+    mask: Mask = CAUSAL,
+    scale: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    backend: Literal["torch", "triton"] = "torch",
+) -> Tensor:
+    """Attention without softmax, a polynomial of its inputs: y = Σ_key mask (scale q·k) (scale q2·k2) v, nothing normalised.
+
+    Args:
+        q, q2: (..., heads, queries, d). k, k2: (..., heads, keys, d). v: (..., heads, keys, e). The second pair is the first if None:
+            weights (scale q·k)²; another one gives the bilinear form, with weights of either sign.
+        mask: with fewer queries than keys, the queries are the last positions. scale: 1 / d if None.
+        rotary: cos and sin (keys, r), 2 r ≤ d, of angles that turn queries and keys: (x, y) → (x cos − y sin, y cos + x sin) for the
+            halves x, y of the first 2 r numbers.
+        backend: "torch" stores the pattern; "triton" never does, and takes linear time where that costs fewer FLOPs.
+
+    Returns:
+        (..., heads, queries, e).
+
+    Raises:
+        SizeError: shapes that do not belong together. OperatorError: an unknown backend, or no kernel can run this, with every reason.
+
+    >>> import torch
+    >>> x = torch.ones(2, 3, 4)
+    >>> squared_attention(x, x, x)[0, :, 0]
+    tensor([1., 2., 3.])
+    """
+    if backend not in BACKENDS:
+        raise OperatorError(unknown("attention backend", backend, BACKENDS))
+    pair = (q, k) if q2 is None or k2 is None else (q2, k2)
+    given = f"squared attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if (q2 is None) != (k2 is None) or pair[0].shape != q.shape or pair[1].shape != k.shape:
+        raise SizeError(f"{given}: q2 and k2 come together and have the shapes of q and k")
+    if q.dim() < 2 or q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        raise SizeError(f"{given}: expected (..., queries, d), (..., keys, d), (..., keys, e)")
+    queries, keys, d = q.shape[-2], k.shape[-2], q.shape[-1]
+    if queries > keys and (mask.causal or rotary is not None):
+        raise SizeError(f"{queries} queries see {keys} keys: a causal mask and rotary need at least as many keys as queries")
+    if rotary is not None:
+        fits = all(t.dim() == 2 and t.shape == rotary[0].shape and len(t) >= keys and 2 * t.shape[1] <= d for t in rotary)
+        if len(rotary) != 2 or not fits:
+            raise SizeError(f"rotary tables {[tuple(t.shape) for t in rotary]}: expected cos and sin ({keys}, at most {d // 2})")
+    scale = 1 / max(d, 1) if scale is None else scale
+    if backend == "triton":
+        result = _squared_kernel(q, k, v, None if q2 is None else pair, mask, scale, rotary)
+    else:
+        turned = [t if rotary is None else _turn(t, *rotary, keys) for t in (q, k, *pair)]
+        pattern = scale * (turned[0] @ turned[1].mT)
+        pattern = pattern * pattern if q2 is None else pattern * (scale * (turned[2] @ turned[3].mT))
+        seen = mask.causal or mask.window is not None
+        result = (pattern.masked_fill(~mask.matrix(queries, keys, q.device), 0) if seen else pattern) @ v
+    if tracing.recording():
+        _record_attention(q, k, v, result, "multiply", 1 if q2 is None else 2)
+    return result
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, keys: int) -> Tensor:
+    """x (..., positions, d) turned by the last of `keys` angles."""
+    r, first = cos.shape[1], keys - x.shape[-2]
+    cos, sin = (table[first:keys].to(x.dtype) for table in (cos, sin))
+    one, two, rest = x.split([r, r, x.shape[-1] - 2 * r], -1)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], -1)
+
+
+def _squared_kernel(
+    q: Tensor, k: Tensor, v: Tensor, pair: tuple[Tensor, Tensor] | None, mask: Mask, scale: float, rotary: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Squared attention through the first operator that offers. Raises OperatorError with every reason when none does."""
+    axes = [("batch", "head", *rest.split()) for rest in ("query d", "key d", "key e", "query d", "key d")]
+    heads = q.shape[-3] if q.dim() > 2 else 1
+    four = [tensor.reshape(-1, heads, *tensor.shape[-2:]) for tensor in (q, k, v, *(pair or ()))]
+    axes = axes[: len(four)]
+    if rotary is not None:
+        four += [table[: k.shape[-2]] for table in rotary]
+        axes += [("key", "r"), ("key", "r")]
+    sizes = {axis: size for names, tensor in zip(axes, four, strict=True) for axis, size in zip(names, tensor.shape, strict=True)}
+    layouts = tuple(Layout(names, tensor.stride()) for names, tensor in zip(axes, four, strict=True))
+    options = (("mask", mask), ("scale", scale), ("rotary", rotary is not None))
+    out = ("batch", "head", "query", "e")
+    offer = require(Region("squared_attention", layouts, out, tuple(sizes.items()), q.dtype, q.device.type, options))
+    return offer.run(*four).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _record_attention(q: Tensor, k: Tensor, v: Tensor, result: Tensor, between: str = "softmax", pairs: int = 1) -> None:
+    """Scores of as many pairs of q and k, a pointwise node, and the values."""
     rows, queries, keys, d, e = math.prod(q.shape[:-2]), q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
     scores = q.new_empty((*q.shape[:-1], keys))
     sizes = {"...": rows, "query": queries, "key": keys}
     first = "q: ... query d, k: ... key d -> ... query key"
     second = "p: ... query key, v: ... key e -> ... query e"
-    tracing.record("contraction", first, sizes={**sizes, "d": d}, result=scores[..., :0], flops=2 * rows * queries * keys * d)
-    tracing.record("pointwise", "softmax", sizes={}, result=scores[..., :0], pointwise=_WORK["softmax"] * scores.numel())
+    for _ in range(pairs):
+        tracing.record("contraction", first, sizes={**sizes, "d": d}, result=scores[..., :0], flops=2 * rows * queries * keys * d)
+    tracing.record("pointwise", between, sizes={}, result=scores[..., :0], pointwise=_WORK[between] * scores.numel())
     tracing.record("contraction", second, sizes={**sizes, "e": e}, result=result, flops=2 * rows * queries * keys * e)
 
 

@@ -55,6 +55,7 @@ class Plan:
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
         slices: (axis, size of a slice) of the axes that are worked on slice by slice to save memory; see tn.slices.
         itemsize: bytes of an element.
+        dtype, device: what it will run in, for which operators are asked (see tn.regions); not in its JSON, and plans are equal without it.
     """
 
     network: Network
@@ -70,6 +71,8 @@ class Plan:
     others: tuple[tuple[float, Path, int | None], ...] = ()
     slices: tuple[tuple[str, int], ...] = ()
     itemsize: int = 4
+    dtype: torch.dtype = field(default=torch.float32, compare=False, repr=False)
+    device: str = field(default="cpu", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         tile = self.tile
@@ -452,7 +455,8 @@ def plan(
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
     grads = tuple(name for name in network.names if name in wanted)
     table = table or machine(device, dtype)
-    return _frugal(network, tuple(size.items()), grads, goal, search, table, seed, dtype.itemsize, memory_limit)
+    made = _frugal(network, tuple(size.items()), grads, goal, search, table, seed, dtype.itemsize, memory_limit)
+    return placed(made, dtype, torch.device(device).type)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -477,6 +481,12 @@ def _frugal(
     from tn.frugal import frugal  # late: it builds on plans
 
     return frugal(made, limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def placed(plan: Plan, dtype: torch.dtype, device: str) -> Plan:
+    """The plan for a dtype and a kind of device, with the table it has."""
+    return plan if (plan.dtype, plan.device) == (dtype, device) else dataclasses.replace(plan, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

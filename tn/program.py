@@ -14,16 +14,17 @@ import linecache
 import math
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tn import memory, tiles
+from tn import memory, regions, tiles
 from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
-from tn.operators import transforming
+from tn.operators import Offer, transforming, usable
 from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.spec import ROWS
@@ -33,7 +34,7 @@ _autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked
 
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbegy]\d+(_t)?|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -186,25 +187,113 @@ def _worth_owning(plan: Plan) -> bool:
     return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
+class OperatorProgram(Program):
+    """Runs a Plan with operators in place of some of its steps; as the plan alone wherever they do not run.
+
+    Attributes:
+        choices: (part of the plan, the offer that runs it) pairs. woven: the plain form with the operators in it. insists: the caller
+            asked for operators, so that what they cannot run is an error.
+    """
+
+    def __init__(self, plan: Plan, choices: Sequence[tuple[regions.Part, Offer]], insists: bool) -> None:
+        super().__init__(plan)
+        self.choices, self.insists = tuple(choices), insists
+        functions = {f"op_{i}": offer.run for i, (_, offer) in enumerate(choices)}
+        self.woven, self.woven_source = _load(plan, "woven", _woven_source(self._code, [part for part, _ in choices]), functions)
+
+    @property
+    def source(self) -> str:
+        """The generated Python."""
+        return self.woven_source if self.choices else super().source
+
+    def fits(self, operands: Sequence[Tensor]) -> bool:
+        """Whether these are tensors that the operators were chosen for."""
+        dtype, device = self.plan.dtype, self.plan.device
+        return all(isinstance(t, Tensor) and t.dtype is dtype and t.device.type == device for t in operands)
+
+    def __call__(self, *operands: Tensor) -> Any:
+        if _autocasting():
+            operands = tuple(autocast(operands))
+        if self.choices and not see_through():
+            if self.fits(operands):
+                try:
+                    return self.woven(*operands)
+                except OperatorError as error:
+                    self._give_up(error)
+            elif self.insists:
+                given = ", ".join(f"{name} {getattr(t, 'dtype', type(t).__name__)}" for name, t in zip(self.names, operands, strict=False))
+                raise OperatorError(f"backend 'triton' takes tensors of {self.plan.dtype} on {self.plan.device}, got {given}")
+        return super().__call__(*operands)
+
+    def _give_up(self, error: OperatorError) -> None:
+        """From now on torch runs everything, and the plan says why."""
+        if self.insists:
+            raise error
+        for part, offer in self.choices:
+            regions.failed(part, offer.operator, f"does not run here: {error}")
+        warnings.warn(f"torch runs {self.plan.network.spec} from here on: {error}", stacklevel=3)
+        self.choices = ()
+
+    def __reduce__(self):
+        return program, (self.plan, "triton" if self.insists else "planned")
+
+
+def program(plan: Plan, backend: str) -> "Program | EinsumProgram":
+    """The Program of a plan; equal plans for one dtype and device share it.
+
+    Args:
+        backend: "planned" takes operators where the plan's table has them measured faster than torch; "triton" takes them for every step;
+            "einsum" is the readable reference.
+
+    Raises:
+        OperatorError: "triton", and some step that no operator runs, with every reason.
+    """
+    if backend == "einsum" or plan.device == "meta":
+        return _unbound(plan, backend)
+    if usable(plan.device):
+        return _bound(plan, backend, plan.dtype, plan.device)
+    if backend == "triton":
+        regions.insist(plan)  # raises, saying why
+    return _unbound(plan, backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def _unbound(plan: Plan, backend: str) -> "Program | EinsumProgram":
+    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound(plan: Plan, backend: str, dtype: torch.dtype, device: str) -> "Program | EinsumProgram":
+    """`dtype` and `device` are the plan's, which two equal plans may have different."""
+    choices = regions.insist(plan) if backend == "triton" else regions.choose(plan)
+    return OperatorProgram(plan, choices, backend == "triton") if choices else _unbound(plan, "planned")
+
+
 def compile(target: Network | Plan) -> Program:
     """A Program for a network (planned with default settings and gradients of its cores and inputs) or for a plan.
+
+    Operators are taken where the plan's table has them measured faster than torch, for the dtype and device that were planned for.
 
     >>> import torch, tn
     >>> f = tn.compile(tn.network("x: ... i, w: i o -> ... o", dict(i=3, o=2)))
     >>> f(torch.ones(4, 3), torch.ones(3, 2)).shape
     torch.Size([4, 2])
     """
-    from tn.sliced import Sliced  # late: it builds on programs
-
     made = target if isinstance(target, Plan) else plan(target, grad=target.names)
-    return Sliced(made) if made.slices else Program(made)
+    if made.slices:
+        from tn.sliced import Sliced  # late: it builds on programs
+
+        return Sliced(made)
+    found = program(made, "planned")
+    assert isinstance(found, Program)
+    return found
 
 
-def _load(plan: Plan, form: str, source: str) -> tuple[Callable, str]:
+def _load(plan: Plan, form: str, source: str, functions: Mapping[str, Callable] | None = None) -> tuple[Callable, str]:
     """Run generated source and return its function; the text stays visible to tracebacks and debuggers."""
     filename = f"<tn {form} {plan.network.spec} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    space: dict = {"torch": torch, "prod": math.prod, "mismatch": functools.partial(_mismatch, plan.network)}
+    space: dict = {"torch": torch, "prod": math.prod, "mismatch": functools.partial(_mismatch, plan.network), **(functions or {})}
     exec(builtins.compile(source, filename, "exec"), space)  # our own generated text
     return space["backward" if form == "backward" else "forward"], source
 
@@ -275,6 +364,28 @@ def _returned(writer: Writer, values: dict[int, Value]) -> list[str]:
 def _plain_source(plan: Plan) -> str:
     writer = Writer(plan)
     text = ", ".join(_returned(writer, _forward_body(writer, strided=False)))
+    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
+
+
+def _woven_source(plan: Plan, parts: Sequence[regions.Part]) -> str:
+    """The plain form in which operators run some parts."""
+    writer = Writer(plan)
+    writer.prologue()
+    values, inside = _leaves(writer), {value for part in parts for value in part.values}
+    ends = {part.values[-1]: (f"op_{i}", part) for i, part in enumerate(parts)}
+    for step in plan.steps:
+        order, name = plan.orders[step.out], f"v{step.out}"
+        if step.out in ends:
+            operator, part = ends[step.out]
+            operands = [writer.view(writer.value(values, value), dims) for value, dims in part.operands]
+            writer.add(f"{name} = {operator}({', '.join(operands)})")
+            made = Value(name, tuple(axis for dim in part.result for axis in dim), part.result)
+            values[step.out] = made if made.order == order else writer.reorder(made, order)
+        elif step.out not in inside:
+            left, right = writer.value(values, step.left), writer.value(values, step.right)
+            p = pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
+            values[step.out] = writer.product(left, right, order, p, name, False)
+    text = ", ".join(_returned(writer, values))
     return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
 
 

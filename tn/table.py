@@ -1,5 +1,6 @@
 """A plan as the table that `print(plan)` shows."""
 
+from tn import regions
 from tn.order import Path
 from tn.plan import Plan, Step
 
@@ -38,6 +39,7 @@ def table(plan: Plan) -> str:
         lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
     if plan.floor:
         lines.append(f"  with every step in a layout of its own, all rows at once: {plan.floor * 1e6:.0f} µs for the best order")
+    lines += regions.describe(plan)
     return "\n".join(lines)
 
 

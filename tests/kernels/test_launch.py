@@ -1,6 +1,7 @@
 """What surrounds the kernels: compiled graphs, threads, poisoned memory, failures and examples in docstrings."""
 
 import doctest
+import subprocess
 import sys
 import threading
 
@@ -64,18 +65,24 @@ def test_forced_blocks_belong_to_a_thread():
     assert seen == [None]
 
 
-def test_a_kernel_that_cannot_run_says_why(monkeypatch):
+def test_a_kernel_that_cannot_run_says_why():
+    raised = [launch.TritonError("out of resource: shared memory, Required: 300000")]
+
     class Broken:
         __name__ = "broken_kernel"
 
         def __getitem__(self, grid):
             def run(*arguments, **constants):
-                raise launch.TritonError("out of resource: shared memory, Required: 300000")
+                raise raised[-1]
 
             return run
 
     with pytest.raises(OperatorError, match=r"broken_kernel with {'BM': 64}: out of resource: shared memory, Required: 300000"):
         launch.launch(Broken(), (1,), torch.ones(1, device=DEVICE), cut=launch.config(BM=64))
+    for error in (RuntimeError("Triton Error [CUDA]: invalid argument"), subprocess.CalledProcessError(1, ["gcc"])):
+        raised.append(error)
+        with pytest.raises(OperatorError, match="invalid argument|returned non-zero exit status 1"):
+            launch.launch(Broken(), (1,), torch.ones(1, device=DEVICE), cut=launch.config(BM=64))
 
 
 def test_operands_too_large_for_their_offsets_are_refused():

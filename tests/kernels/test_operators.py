@@ -173,6 +173,50 @@ def test_attention_through_tn_ops():
         tn.ops.attention(q, k, v, backend="trition")
 
 
+def test_squared_attention_through_tn_ops():
+    """Both backends, both forms, turned or not, against one einsum in float64."""
+    q, k, v, q2, k2 = (torch.randn(2, 3, 2, 20, 6, device=DEVICE) for _ in range(5))
+    phi = torch.arange(20.0, device=DEVICE)[:, None] * torch.tensor([1.0, 0.1], device=DEVICE)
+    tables = phi.cos(), phi.sin()
+
+    def exact(*pair, causal, rotary):
+        turn = torch.view_as_complex(torch.stack(tables, -1).double())
+
+        def turned(x):
+            z = torch.complex(x[..., :2].double(), x[..., 2:4].double()) * turn
+            return torch.cat([z.real, z.imag, x[..., 4:].double()], -1) if rotary else x.double()
+
+        a, b, c, d = map(turned, pair)
+        pattern = torch.einsum("...sd,...td->...st", a, b) * torch.einsum("...sd,...td->...st", c, d) / 36
+        return (pattern.tril() if causal else pattern) @ v.double()
+
+    for pair, causal, rotary in itertools.product((False, True), (False, True), (False, True)):
+        want = exact(q, k, *((q2, k2) if pair else (q, k)), causal=causal, rotary=rotary)
+        for backend in ("torch", "triton"):
+            got = tn.ops.squared_attention(
+                q, k, v, *((q2, k2) if pair else ()), mask=tn.Mask(causal=causal), rotary=tables if rotary else None, backend=backend
+            )
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    one = q[0, 0, 0], k[0, 0, 0], v[0, 0, 0]
+    torch.testing.assert_close(tn.ops.squared_attention(*one, backend="triton"), tn.ops.squared_attention(*one))
+
+
+def test_squared_attention_says_what_is_wrong():
+    q = torch.randn(2, 9, 6, device=DEVICE)
+    for options, error, words in (
+        ({"backend": "triton", "mask": tn.Mask(window=3)}, OperatorError, "squared_attention: the mask has a window"),
+        ({"backend": "trition"}, OperatorError, "did you mean 'triton'"),
+        ({"q2": q}, tn.SizeError, "q2 and k2 come together"),
+        ({"rotary": (q[0, :4, :2], q[0, :4, :2])}, tn.SizeError, r"expected cos and sin \(9, at most 3\)"),
+    ):
+        with pytest.raises(error, match=words):
+            tn.ops.squared_attention(q, q, q, **options)
+    with pytest.raises(OperatorError, match="squared_attention: dtype float64"):
+        tn.ops.squared_attention(q.double(), q.double(), q.double(), backend="triton")
+    with pytest.raises(tn.SizeError, match="9 queries see 4 keys"):
+        tn.ops.squared_attention(q, q[:, :4], q[:, :4])
+
+
 REFUSED = {
     "too many dimensions": (
         region("b i j r, b i j r k", "k", orders=[[*"bjir"], [*"rijbk"]]),

@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels.oracle import DEVICE, DTYPES, check, strided
 from tn.errors import OperatorError
-from tn_kernels import chunked, pair_read, pair_write, squared_attention, tuning
+from tn_kernels import chunked, pair_read, pair_write, rotary, squared_attention, tuning
 from tn_kernels.launch import config
 from tn_kernels.squared_attention import cheaper_chunked, flops
 
@@ -105,6 +105,7 @@ OPERANDS = {
         strided(1, 2, 3, 4), strided(1, 1, 5, 4), strided(1, 1, 5, 2, order=(3, 2, 1, 0)),
         strided(1, 2, 3, 4), strided(1, 1, 5, 4), 0.5, True,
     ),
+    "rotary": lambda: (strided(1, 2, 5, 6), *angles(5, 2), False),
     "pair_write": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 3, 5)),
     "pair_read": lambda: (strided(2, 3, 2), strided(2, 3, 4), strided(2, 2, 4, 5)),
 }  # fmt: skip
@@ -132,3 +133,78 @@ def test_wrong_operands():
         squared_attention(*torch.ones(3, 1, 1, 2, 300, device=DEVICE))
     with pytest.raises(OperatorError, match="of 3 queries and 4 keys: expected as many of both"):
         chunked(q[:, :, :3], *torch.ones(2, 1, 4, 4, 2, device=DEVICE))
+
+
+def turned(x, cos, sin):
+    """Complex numbers times e^{iφ}: an oracle that has no halves to mix up."""
+    r, s = cos.shape[1], x.shape[2]
+    z = torch.complex(x[..., :r], x[..., r : 2 * r]) * torch.complex(cos, sin)[-s:]
+    return torch.cat([z.real, z.imag, x[..., 2 * r :]], -1)
+
+
+def turned_pattern(q, k, v, *rest, causal=True):
+    *pair, cos, sin = rest
+    return pattern(turned(q, cos, sin), turned(k, cos, sin), v, *(turned(t, cos, sin) for t in pair), causal=causal)
+
+
+def angles(positions, r):
+    phi = torch.arange(positions, dtype=torch.float64)[:, None] * 10000.0 ** -torch.linspace(0, 1, r, dtype=torch.float64)
+    return phi.cos(), phi.sin()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 3, 35, 8, 4), (1, 1, 70, 20, 5), (1, 2, 1, 16, 8), (1, 1, 5, 6, 0)])
+def test_rotary(sizes, dtype):
+    b, h, s, d, r = sizes
+    x, tables = strided(b, h, s, d, order=(0, 2, 1, 3)), angles(s, r)
+    check(rotary, turned, (x, *tables), dtype, terms=4, stages=4, positive=positive_turn)
+    back = rotary(rotary(x, *tables), *tables, inverse=True)
+    torch.testing.assert_close(back, x)
+
+
+def positive_turn(x, cos, sin):
+    r = cos.shape[1]
+    one, two, rest = x.split([r, r, x.shape[3] - 2 * r], -1)
+    return torch.cat([one * cos + two * sin, two * cos + one * sin, rest], -1)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squared_attention_of_turned_queries_and_keys(dtype, pairs):
+    b, h, g, s, t, d, e, r = 1, 4, 2, 18, 37, 10, 6, 4
+    tensors = [strided(b, h, s, d), strided(b, g, t, d), strided(b, g, t, e)]
+    tensors += [strided(b, h, s, d), strided(b, g, t, d)] if pairs == 2 else []
+
+    def bound(q, k, v, *rest):
+        *pair, cos, sin = rest
+        first = t - s
+
+        def turn(x):
+            return positive_turn(x, *(table[first if x.shape[2] == s else 0 :] for table in (cos, sin)))
+
+        return pattern(turn(q), turn(k), v, *map(turn, pair))
+
+    check(
+        lambda *o: squared_attention(*o[:-2], rotary=o[-2:]),
+        turned_pattern, [*tensors, *angles(t, r)], dtype, terms=3 * d + s * h + t + e, stages=12, positive=bound,
+    )  # fmt: skip
+
+
+def test_the_linear_form_of_turned_queries_and_keys():
+    q, k, v = (torch.randn(1, 2, 37, 8, device=DEVICE) for _ in range(3))
+    tables = tuple(table.float().to(DEVICE) for table in angles(40, 3))
+    torch.testing.assert_close(
+        chunked(q, k, v, chunk=16, rotary=tables), squared_attention(q, k, v, rotary=tables), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_tables_that_do_not_fit():
+    q = torch.randn(1, 1, 9, 8, device=DEVICE)
+    cos, sin = (table.float().to(DEVICE) for table in angles(5, 3))
+    with pytest.raises(OperatorError, match=r"cos \(5, 3\) and sin \(5, 3\): expected two of \(at least 9 positions, at most 4\)"):
+        squared_attention(q, q, q, rotary=(cos, sin))
+    with pytest.raises(OperatorError, match="rotary of 9 queries and 4 keys"):
+        squared_attention(q, q[:, :, :4], q[:, :, :4], causal=False, rotary=(cos, sin))
+    wide = torch.ones(9, 5, device=DEVICE)
+    with pytest.raises(OperatorError, match="at most 4"):
+        squared_attention(q, q, q, rotary=(wide, wide))

@@ -5,10 +5,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from tn.cost import volume
+from tn.forms import fuse
 from tn.machine import Machine
 from tn.order import Axes, Path, steps_of
-from tn.pairing import ideal, pair
+from tn.pairing import Prices, ideal
 from tn.spec import ROWS
 
 _ORDERS = 8  # orders of an intermediate that are tried
@@ -57,9 +60,9 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
     for number, (left, right, out) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
-        needs.append(needs[left] or needs[right])
         weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        table.append({order: _best(table[left], table[right], order, weights, job) for order in orders})
+        table.append(_best(table[left], table[right], orders, weights, job))
+        needs.append(needs[left] or needs[right])
     chosen: list[Axes] = [()] * len(axes)
     chosen[-1] = next(iter(table[-1]))
     for number in reversed(range(len(steps))):
@@ -70,48 +73,49 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
     return next(iter(table[-1].values()))[0], tuple(chosen)
 
 
-def bound(path: Path, job: Job) -> float:
-    """Cost (see `choose`) of a tree whose every step runs in its own best layout."""
-    axes, needs, total = [*job.inputs], list(job.grads), 0.0
-    for left, right, out in steps_of(path, job.inputs, job.output):
-        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        total += _ideal(axes[left], axes[right], out, weights, job)
-        axes.append(out)
+def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
+    """Predicted seconds (see `choose`) of a tree in given memory orders."""
+    needs, total = list(job.grads), 0.0
+    for number, (left, right) in enumerate(path):
+        out = len(job.inputs) + number
+        weights = job.weights(orders[left], orders[right], orders[out], needs[left], needs[right])
+        (found,) = _best(*({orders[value]: (0.0, (), ())} for value in (left, right)), [orders[out]], weights, job).values()
+        total += found[0]
         needs.append(needs[left] or needs[right])
     return total
 
 
-def _best(lefts: Costs, rights: Costs, order: Axes, weights: tuple[float, float, float], job: Job) -> tuple[float, Axes, Axes]:
-    """The cheapest orders of both operands for one order of the result. Pairs that could not win even in their best layout are left out."""
-    found: tuple[float, Axes, Axes] = (math.inf, (), ())
-    first_left, first_right = next(iter(lefts)), next(iter(rights))
-    floors = [weight * ideal(*t, job.sizes, job.machine) for weight, t in zip(weights, _turns(first_left, first_right, order), strict=True)]
-    for left, (left_cost, *_) in sorted(lefts.items(), key=_cost):
-        for right, (right_cost, *_) in sorted(rights.items(), key=_cost):
-            seconds = left_cost + right_cost + sum(floors)
-            if seconds >= found[0]:
-                break
-            for weight, turn, floor in zip(weights, _turns(left, right, order), floors, strict=True):
-                if weight and seconds < found[0]:
-                    seconds += weight * pair(*turn, job.sizes, job.machine).seconds - floor
-            if seconds < found[0]:
-                found = (seconds, left, right)
+def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: tuple[float, float, float], job: Job) -> Costs:
+    """For each order of a step's result the cheapest orders of both operands. Pairs that could not win even in their best layout are
+    left out."""
+    atoms, (left_code, right_code, code) = fuse((list(lefts), list(rights), orders), job.sizes)
+    extent = {atom: volume(axes, job.sizes) for atom, axes in atoms.items()}
+    one = any(job.sizes[axis] == 1 for axis in orders[0] if axis in next(iter(lefts)) and axis in next(iter(rights)))
+    a, b, c = (next(iter(codes.values())) for codes in (left_code, right_code, code))
+    turns = [Prices(*turn, extent, job.machine, whole=one) if weight else None for turn, weight in zip(_turns(a, b, c), weights, strict=True)]
+    floors = [weight * ideal(*turn.extents, job.machine) if turn else 0.0 for turn, weight in zip(turns, weights, strict=True)]
+    by_left = sorted((cost, order) for order, (cost, *_) in lefts.items())
+    by_right = sorted((cost, order) for order, (cost, *_) in rights.items())
+    least, found = sum(floors), {}
+    for order in orders:
+        best: tuple[float, Axes, Axes] = (math.inf, (), ())
+        for (left_cost, left), (right_cost, right) in itertools.product(by_left, by_right):
+            cost = left_cost + right_cost + least
+            if cost >= best[0]:
+                continue
+            codes = _turns(left_code[left], right_code[right], code[order])
+            for weight, turn, roles, floor in zip(weights, turns, codes, floors, strict=True):
+                if turn and cost < best[0]:
+                    cost += weight * turn.seconds(*roles) - floor
+            if cost < best[0]:
+                best = (cost, left, right)
+        found[order] = best
     return found
 
 
-def _turns(left: Axes, right: Axes, out: Axes) -> tuple[tuple[Axes, Axes, Axes], ...]:
+def _turns(left: Any, right: Any, out: Any) -> tuple[tuple[Any, Any, Any], ...]:
     """A step, the gradient of its left and that of its right operand, each as (left, right, result)."""
     return (left, right, out), (out, right, left), (left, out, right)
-
-
-def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
-    return entry[1][0]
-
-
-def _ideal(left: Axes, right: Axes, out: Axes, weights: tuple[float, float, float], job: Job) -> float:
-    """Seconds of a step and its gradients if no layout were in the way."""
-    turns = _turns(left, right, out)
-    return sum(weight * ideal(*turn, job.sizes, job.machine) for weight, turn in zip(weights, turns, strict=True) if weight)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -13,11 +14,11 @@ import torch
 from tn import order
 from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.layout import Job, bound, choose
+from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
-from tn.pairing import Pairing, pair
+from tn.pairing import Pairing, ideal, pair
 from tn.spec import ROWS
 
 FORMAT = 2  # of the JSON
@@ -143,28 +144,21 @@ class Plan:
     @property
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
-        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
-        return seconds + self._streaming(self.orders[: len(self.leaves)], self.orders[-1:])
+        return sum(self.times(step) * step.pairing.seconds for step in self.steps) + self._streaming[0]
 
     @property
     def backward_seconds(self) -> float:
         """Predicted seconds of the gradients in `grad`; with tiles, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
-        if not self.tile or not self.grad:
-            return seconds
-        again = sum(self.times(step) * step.pairing.seconds for step in self.steps[:-1] if self.times(step) > 1)
-        made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
-        return seconds + again + self._streaming((*self.orders[: len(self.leaves)], self.orders[-1]), made)
+        if self.tile and self.grad:
+            seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps[:-1] if self.times(step) > 1)
+        return seconds + self._streaming[1]
 
-    def _streaming(self, read: Iterable[Axes], made: Iterable[Axes]) -> float:
-        """Seconds that reading and writing whole tensors takes besides, when steps only see a tile of them."""
+    @property
+    def _streaming(self) -> tuple[float, float]:
         if not self.tile:
-            return 0.0
-
-        def size(order: Axes) -> int:
-            return 4 * volume(order, self.size) if ROWS in order else 0
-
-        return sum(self.machine.traffic(size(t)) for t in read) + sum(self.machine.traffic(size(t), new=True) for t in made)
+            return 0.0, 0.0
+        return _streaming(self.leaves, self.orders[-1], self.needs[: len(self.leaves)], self.size, self.machine)
 
     @property
     def copies(self) -> int:
@@ -291,48 +285,57 @@ def plan(
 def _plan(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
+    """Lay out the most promising trees until a bound shows that no other can be better, or enough were tried; then try tiles of rows."""
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
-    needs = [term.name in grad for term in network.spec.operands]
-    paths = order.search(leaves, output, size, method=search, seed=seed)
-    job = Job(leaves, output, size, tuple(needs), table)
-    plans: list[tuple[float, Plan]] = []
+    job = Job(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
+    timed = order.Task(leaves, output, size, job.grads, functools.partial(ideal, machine=table))
+    task = dataclasses.replace(timed, weigh=order.flops) if goal == "flops" else timed
+    found: dict[tuple[Path, int | None], tuple[float, float, tuple[Axes, ...]]] = {}  # (by the goal, seconds, orders)
 
-    def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
-        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
-        plans.append((made.seconds, made))
+    def lay_out(path: Path, cost: float) -> None:
+        seconds, orders = choose(path, job)
+        found[path, None] = (cost if goal == "flops" else seconds, seconds, orders)
 
-    ranked = sorted((bound(path, job), path) for path in paths)
-    for least, path in ranked[:_LAID_OUT]:
-        if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
+    trees = order.search(task, method=search, seed=seed)
+    for least, path in itertools.islice(trees, _LAID_OUT):
+        if found and least >= min(found.values())[0] * (1 + 1e-9 * (goal == "flops")):
             break
-        add(path, choose(path, job)[1], None)
-    best = _flops if goal == "flops" else _seconds
-    for _, made in sorted(plans, key=best)[: 1 if goal == "flops" else _TILED]:
-        orders: tuple[Axes, ...] = ()
-        for tile in _tiles(made):
+        lay_out(path, least)
+    for path in order.familiar(task) if search == "auto" else ():
+        if (path, None) not in found:
+            lay_out(path, order.bound(path, task))
+    for (path, _), (cost, _, orders) in sorted(found.items(), key=_second)[: 1 if goal == "flops" else _TILED]:
+        for number, tile in enumerate(_tiles(path, orders, size, table)):
             tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
-            orders = orders or choose(made.path, tiled)[1]
-            add(made.path, orders, tile)
-    _, chosen = min(plans, key=best)
-    others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
-    shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
-    return dataclasses.replace(chosen, floor=ranked[0][0], others=shown)
+            seconds, orders = choose(path, tiled) if number == 0 else (price(path, orders, tiled), orders)
+            seconds += sum(_streaming(leaves, output, job.grads, size, table))
+            found[path, tile] = (cost if goal == "flops" else seconds, seconds, orders)
+    (path, tile), (_, _, orders) = min(found.items(), key=_second)
+    others = sorted((seconds, other, rows or 0) for (other, rows), (_, seconds, _) in found.items() if (other, rows) != (path, tile))
+    floor = min(order.bound(path, timed) for path, _ in found)
+    shown = tuple((seconds, path, tile or None) for seconds, path, tile in others[:_SHOWN])
+    return Plan(network, sizes, grad, goal, search, path, orders, tile, table, floor, shown)
 
 
-def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
-    return entry[0], entry[1].flops
+def _second(entry: tuple[Any, Any]) -> Any:
+    return entry[1]
 
 
-def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
-    return entry[1].flops + entry[1].backward_flops, entry[0]
-
-
-def _tiles(plan: Plan) -> list[int]:
+def _tiles(path: Path, orders: tuple[Axes, ...], size: Mapping[str, int], table: Machine) -> list[int]:
     """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
-    inner = any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
-    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1]:
+    inner = any(ROWS in made for made in orders[len(path) + 1 : -1])
+    if not table.tiles or not inner or ROWS not in orders[-1]:
         return []
-    return [tile for tile in _TILES if 2 * tile <= plan.size[ROWS]]
+    return [tile for tile in _TILES if 2 * tile <= size[ROWS]]
+
+
+def _streaming(leaves: Iterable[Axes], output: Axes, grads: Iterable[bool], size: Mapping[str, int], table: Machine) -> tuple[float, float]:
+    """Seconds, forward and backward, that reading and writing whole tensors takes besides, when steps only see a tile of them."""
+    read = [4 * volume(t, size) if ROWS in t else 0 for t in (*leaves, output)]
+    made = [number for number, need in zip(read, grads, strict=False) if need]
+    forward = sum(map(table.traffic, read[:-1])) + table.traffic(read[-1], new=True)
+    backward = sum(map(table.traffic, read)) + sum(table.traffic(number, new=True) for number in made)
+    return forward, backward if made else 0.0
 
 
 def _table(plan: Plan) -> str:

@@ -12,13 +12,12 @@ have (stride 0), or some atoms of K as a batch that is summed afterwards.
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Axes = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """One way to run a pattern; the groups hold atoms.
 
     Attributes:
@@ -94,9 +93,12 @@ def forms(left: str, right: str, out: str, tape: bool, whole: bool) -> tuple[For
     """
     sources = ((left, right, out), (left, out), (right, out), (left, right))
     choices = [_sequences(group, orders) for group, orders in zip(groups(left, right, out), sources, strict=True)]
-    found = [form for parts in itertools.product(*choices) for form in _whole(left, right, out, *parts)]
-    least = min([form.copy_left + form.copy_right for form in found])
-    found = [form for form in found if form.copy_left + form.copy_right == least]
+    copied: dict[tuple[str, ...], tuple[bool, bool]] = {}
+    for parts in itertools.product(*choices):
+        h, m, n, k = parts
+        copied[parts] = not _viewable(left, h, m, k), not _viewable(right, h, n, k)
+    least = min([sum(copies) for copies in copied.values()])
+    found = [form for parts, copies in copied.items() if sum(copies) == least for form in _whole(left, right, out, *parts, *copies)]
     perfect = not least and any(form.out == "native" for form in found)
     if not (perfect or whole or choices[0] != [""]):
         for parts in itertools.product(*choices[1:]):
@@ -120,10 +122,8 @@ def _sequences(group: str, orders: Sequence[str]) -> list[str]:
     return list(dict.fromkeys("".join([atom for atom in order if atom in group]) for order in orders))
 
 
-def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str, summed: str) -> Iterator[Form]:
+def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str, summed: str, copy_left: bool, copy_right: bool) -> Iterator[Form]:
     """The product with all of H as its batch, written in place or copied there."""
-    copy_left = not _viewable(left, batch, rows, summed)
-    copy_right = not _viewable(right, batch, columns, summed)
     scattered_left, scattered_right = _scattered(left, batch), _scattered(right, batch)
     for swap, placed in _placements(out, batch, rows, columns):
         if swap:
@@ -143,8 +143,12 @@ def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str,
 
 def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: str, tape: bool) -> Iterator[Form]:
     """Copy-free products with some axes of one group as a batch that one of the three tensors does not have."""
-    for group, batch_on, owners in ((rows, "left", (left, out)), (columns, "right", (right, out)), (summed, "operands", (left, right))):
-        if tape and batch_on != "operands":
+    for group, batch_on, owners, other in (
+        (rows, "left", (left, out), (right, columns, summed)),
+        (columns, "right", (right, out), (left, rows, summed)),
+        (summed, "operands", (left, right), (out, rows, columns)),
+    ):
+        if len(group) < 2 or (tape and batch_on != "operands") or not _viewable(other[0], "", *other[1:]):
             continue
         for batch, rest in _cuts(group, owners):
             m, n, k = (rest if g == group else g for g in (rows, columns, summed))

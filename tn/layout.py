@@ -4,13 +4,13 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tn.cost import volume
 from tn.forms import fuse
 from tn.machine import Machine
-from tn.order import Axes, Path, steps_of
+from tn.order import Axes, Path, Task, roles, steps_of
 from tn.pairing import Prices, ideal
 from tn.spec import ROWS
 
@@ -22,25 +22,33 @@ Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a tree is laid out for.
+    """What trees are laid out for.
 
     Attributes:
-        inputs, output: axes of the operands and the result. grads: which operands need a gradient.
-        sizes: of every axis; with tiles, the rows are those of a tile. tiles: how often a step with rows runs.
-        machine: prices the steps.
+        task: the operands, the result and the sizes of all axes; with tiles, the rows are those of a tile.
+        machine: prices the steps. tiles: how often a step with rows runs.
+        known: what was found out, because trees share subtrees.
     """
 
-    inputs: tuple[Axes, ...]
-    output: Axes
-    sizes: Mapping[str, int]
-    grads: tuple[bool, ...]
+    task: Task
     machine: Machine
     tiles: float = 1.0
+    known: dict[tuple, Costs] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: tuple[Axes, ...], output: Axes, sizes: Mapping[str, int], grads: tuple[bool, ...], machine: Machine) -> "Job":
+        """A job for all rows at once, whose task ranks trees by the seconds of their steps."""
+        return cls(Task(inputs, output, sizes, grads, functools.partial(ideal, machine=machine)), machine)
+
+    def tiled(self, axis: str, tile: int) -> "Job":
+        """The same with the rows taken in tiles."""
+        task = replace(self.task, sizes={**self.task.sizes, axis: tile})
+        return Job(task, self.machine, self.task.sizes[axis] / tile)
 
     def weights(self, left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool) -> tuple[float, float, float]:
         """How often a step, the gradient of its left and that of its right operand run. A tile makes its intermediates again."""
         often = self.tiles if ROWS in left or ROWS in right else 1.0
-        again = any(self.grads) and self.tiles > 1 and often > 1 and set(out) != set(self.output)
+        again = any(self.task.grads) and self.tiles > 1 and often > 1 and set(out) != set(self.task.output)
         return often * (1 + again), often * left_needs, often * right_needs
 
 
@@ -50,19 +58,22 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
     Returns:
         (predicted seconds of the steps and the needed gradients, the order of every SSA value).
     """
-    inputs, output = job.inputs, job.output
+    inputs, output = job.task.inputs, job.task.output
     steps = [*steps_of(path, inputs, output)]
     count = len(inputs)
     parent = {operand: number for number, (left, right, _) in enumerate(steps) for operand in (left, right)}
-    needs = list(job.grads)
-    table: list[Costs] = [{t: (0.0, (), ())} for t in inputs]
     axes = [*inputs, *(out for _, _, out in steps)]
+    extents, needs = roles(path, job.task)
+    floors = job.task.turns(extents).T.tolist()
+    table = [job.known.setdefault((t,), {t: (0.0, (), ())}) for t in inputs]
     for number, (left, right, out) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
-        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        table.append(_best(table[left], table[right], orders, weights, job))
-        needs.append(needs[left] or needs[right])
+        same = (id(table[left]), id(table[right]), needs[number], *orders)
+        if same not in job.known:
+            weights = job.weights(axes[left], axes[right], out, *needs[number])
+            job.known[same] = _best(table[left], table[right], orders, weights, floors[number], job)
+        table.append(job.known[same])
     chosen: list[Axes] = [()] * len(axes)
     chosen[-1] = next(iter(table[-1]))
     for number in reversed(range(len(steps))):
@@ -75,25 +86,28 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
     """Predicted seconds (see `choose`) of a tree in given memory orders."""
-    needs, total = list(job.grads), 0.0
+    total, (_, needs) = 0.0, roles(path, job.task)
     for number, (left, right) in enumerate(path):
-        out = len(job.inputs) + number
-        weights = job.weights(orders[left], orders[right], orders[out], needs[left], needs[right])
-        (found,) = _best(*({orders[value]: (0.0, (), ())} for value in (left, right)), [orders[out]], weights, job).values()
+        out = len(job.task.inputs) + number
+        weights = job.weights(orders[left], orders[right], orders[out], *needs[number])
+        (found,) = _best(*({orders[value]: (0.0, (), ())} for value in (left, right)), [orders[out]], weights, (0.0, 0.0, 0.0), job).values()
         total += found[0]
-        needs.append(needs[left] or needs[right])
     return total
 
 
-def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: tuple[float, float, float], job: Job) -> Costs:
+def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: tuple[float, float, float], floors: Sequence[float], job: Job) -> Costs:
     """For each order of a step's result the cheapest orders of both operands. Pairs that could not win even in their best layout are
-    left out."""
-    atoms, (left_code, right_code, code) = fuse((list(lefts), list(rights), orders), job.sizes)
-    extent = {atom: volume(axes, job.sizes) for atom, axes in atoms.items()}
-    one = any(job.sizes[axis] == 1 for axis in orders[0] if axis in next(iter(lefts)) and axis in next(iter(rights)))
+    left out.
+
+    Args:
+        weights, floors: how often each turn runs, and its seconds in its best layout (see `_turns`).
+    """
+    atoms, (left_code, right_code, code) = fuse((list(lefts), list(rights), orders), job.task.sizes)
+    extent = {atom: volume(axes, job.task.sizes) for atom, axes in atoms.items()}
+    one = any(job.task.sizes[axis] == 1 for axis in orders[0] if axis in next(iter(lefts)) and axis in next(iter(rights)))
     a, b, c = (next(iter(codes.values())) for codes in (left_code, right_code, code))
     turns = [Prices(*turn, extent, job.machine, whole=one) if weight else None for turn, weight in zip(_turns(a, b, c), weights, strict=True)]
-    floors = [weight * ideal(*turn.extents, job.machine) if turn else 0.0 for turn, weight in zip(turns, weights, strict=True)]
+    floors = [weight * floor for weight, floor in zip(weights, floors, strict=True)]
     by_left = sorted((cost, order) for order, (cost, *_) in lefts.items())
     by_right = sorted((cost, order) for order, (cost, *_) in rights.items())
     least, found = sum(floors), {}

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tn.errors import PlanError
@@ -21,6 +22,7 @@ _PAGE = 4096  # bytes
 _COLD = 3.0  # times as long takes a run that is not in cache (two CPU cores: 0.6 and 2 ns)
 FORMAT = 1  # of the JSON
 
+Array = np.ndarray
 Table = tuple[tuple[float, ...], ...]  # one line for each of READS: seconds of every one of SHAPES
 
 
@@ -59,22 +61,37 @@ class Machine:
     tiles: bool
     source: str
 
-    def product(self, m: int, n: int, k: int, reads: str | None = None) -> float:
-        """Seconds of one product (m, k) × (k, n), operands in cache; without `reads` no more than in whatever way they lie in memory."""
+    def product(self, m: int, n: int, k: int, reads: str = "NN") -> float:
+        """Seconds of one product (m, k) × (k, n), operands in cache."""
         return _seconds(self, "mm", reads, m, n, k)
 
-    def item(self, m: int, n: int, k: int, reads: str | None = None, strided: bool = False) -> float:
+    def item(self, m: int, n: int, k: int, reads: str = "NN", strided: bool = False) -> float:
         """Seconds of one item of a batch of such products; `strided`: written into a part of each of several rows."""
         return _seconds(self, "loop" if strided else "bmm", reads, m, n, k)
 
+    def fastest(self, m: Array, n: Array, k: Array) -> tuple[Array, Array]:
+        """Seconds of many products, and of items of batches, whose operands lie in memory in the best way: no `product` is faster."""
+        at, shares, beyond = np.zeros((1, len(m)), int), np.ones((1, len(m))), 1.0
+        for extents, marks in zip((m, n, k), EXTENTS, strict=True):
+            places = np.interp(np.log(np.maximum(extents, 1)), np.log(marks), np.arange(len(marks)))
+            low = np.minimum(places.astype(int), len(marks) - 2)
+            part = places - low
+            at = np.concatenate([at * len(marks) + low, at * len(marks) + low + 1])
+            shares = np.concatenate([shares * (1 - part), shares * part])
+            beyond = beyond * np.maximum(extents / marks[-1], 1.0)
+        mm, bmm = beyond * np.exp((shares * self._least[:, at]).sum(axis=1))
+        return mm, bmm
+
     @functools.cached_property
-    def _logarithms(self) -> dict[tuple[str, str | None], list[float]]:
-        """(table, reads) → the logarithms of its line; for no reads of the least of all lines."""
-        found: dict[tuple[str, str | None], list[float]] = {}
-        for kind, table in (("mm", self.mm), ("bmm", self.bmm), ("loop", self.loop)):
-            for reads, line in zip((*READS, None), (*table, map(min, zip(*table, strict=True))), strict=True):
-                found[kind, reads] = [math.log(seconds) for seconds in line]
-        return found
+    def _logarithms(self) -> dict[tuple[str, str], list[float]]:
+        """(table, reads) → the logarithms of its line."""
+        tables = (("mm", self.mm), ("bmm", self.bmm), ("loop", self.loop))
+        return {(kind, reads): [*map(math.log, line)] for kind, table in tables for reads, line in zip(READS, table, strict=True)}
+
+    @functools.cached_property
+    def _least(self) -> Array:
+        """The logarithms of the least of the lines of `mm` and of `bmm`."""
+        return np.log(np.min([self.mm, self.bmm], axis=1))
 
     def traffic(self, size: int, new: bool = False) -> float:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
@@ -124,7 +141,7 @@ class Machine:
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _seconds(table: Machine, kind: str, reads: str | None, m: int, n: int, k: int) -> float:
+def _seconds(table: Machine, kind: str, reads: str, m: int, n: int, k: int) -> float:
     """A table read between its extents: the logarithm of the time is linear in the logarithm of each extent; beyond the last extent the
     time grows with it."""
     beyond, corners = _corners(m, n, k)

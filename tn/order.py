@@ -7,18 +7,23 @@ Up to eight operands, an exact search over all subsets of them gives the trees i
 cotengra's greedy sampler is scored by the same bound, and the best of its trees are improved piece by piece with the exact search.
 """
 
+import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from tn.cost import volume
 from tn.errors import PlanError, unknown
 
+Array = np.ndarray
 Axes = tuple[str, ...]
 Path = tuple[tuple[int, int], ...]
+Extents = tuple[int, int, int, int]  # of a contraction: batch, left, right and contracted (H, M, N, K)
 
 SEARCHES = ("auto", "cotengra", "left_to_right")
 _EXACT = 8  # operands up to which all subsets are searched: 3,025 ways to split them
@@ -34,83 +39,91 @@ class Task:
 
     Attributes:
         inputs: axes of each operand (no repeated axis inside one). output: axes that survive. grads: which operands need a gradient.
-        sizes: of every axis. weigh: cost of one contraction with batch, left, right and contracted extents (H, M, N, K).
+        sizes: of every axis. weigh: costs of contractions from arrays of their batch, left, right and contracted extents (H, M, N, K).
     """
 
     inputs: tuple[Axes, ...]
     output: Axes
     sizes: Mapping[str, int]
     grads: tuple[bool, ...]
-    weigh: Callable[[int, int, int, int], float]
+    weigh: Callable[[Array, Array, Array, Array], Array]
 
-    def step(self, h: int, m: int, n: int, k: int, left_needs: bool, right_needs: bool) -> float:
-        """Cost of a step and of the gradients of its operands: contractions of the same extents in other roles."""
-        cost = self.weigh(h, m, n, k)
-        if left_needs:
-            cost += self.weigh(h, m, k, n)
-        return cost + self.weigh(h, k, n, m) if right_needs else cost
+    def turns(self, extents: Sequence[Extents]) -> Array:
+        """Costs of contractions, of the gradients of their left and of those of their right operands (three lines): contractions of the
+        same extents in other roles."""
+        h, m, n, k = np.array(extents, float).reshape(-1, 4).T
+        return self.weigh(np.tile(h, 3), np.r_[m, m, k], np.r_[n, k, n], np.r_[k, n, m]).reshape(3, -1)
+
+    def costs(self, extents: Sequence[Extents], needs: Sequence[tuple[bool, bool]]) -> list[float]:
+        """Costs of steps, and of the gradients of their operands where `needs` says so."""
+        step, left, right = self.turns(extents)
+        needs_left, needs_right = np.array(needs, bool).reshape(-1, 2).T
+        return (step + left * needs_left + right * needs_right).tolist()
 
 
-def flops(h: int, m: int, n: int, k: int) -> float:
-    """FLOPs of a contraction, as a Task weighs them."""
+def flops(h: Array, m: Array, n: Array, k: Array) -> Array:
+    """FLOPs of contractions, as a Task weighs them."""
     return 2 * h * m * n * k
 
 
-def search(task: Task, *, method: str = "auto", seed: int = 0) -> Iterator[tuple[float, Path]]:
-    """Trees with their bounds, the least first; up to eight operands every tree there is, else those that were found.
+def search(task: Task, *, method: str = "auto", seed: int = 0) -> tuple[Iterable[tuple[float, Path]], list[Path]]:
+    """Trees worth laying out.
 
     Args:
         method: "auto", "cotengra" (its trees alone), "left_to_right" (the order as written).
         seed: of cotengra's sampler.
 
     Returns:
-        At least one path, none twice. Raises PlanError for an unknown method.
+        (trees with their bounds, the least first; up to eight operands every tree there is, else those that were found, at least one
+        and none twice; trees to try whatever their bound: those that other planners take, so that no plan is slower for not knowing
+        them: opt_einsum's of the fewest FLOPs, and cotengra's "auto", which trades FLOPs against elements written).
+
+    Raises:
+        PlanError: an unknown method.
     """
     count = len(task.inputs)
     if method not in SEARCHES:
         raise PlanError(unknown("search", method, SEARCHES))
     if count == 1:
-        return iter([(0.0, ())])
+        return [(0.0, ())], []
     if method == "left_to_right":
         ids = [0, *range(count, 2 * count - 2)]
-        return iter(_ranked(task, [tuple((ids[i], i + 1) for i in range(count - 1))]))
-    if method == "auto" and count <= _EXACT:
-        return _Subsets(task).trees()
-    found = _ranked(task, _cotengra_paths(task, seed))
-    if method == "auto":
-        found = _ranked(task, [path for _, path in found] + [_improve(path, task) for _, path in found[:_IMPROVED]])
-    return iter(found)
-
-
-def familiar(task: Task) -> list[Path]:
-    """The trees other planners take, so that no plan is slower for not having tried them: the fewest FLOPs, and FLOPs traded against
-    elements written as cotengra's "auto" does. Found by opt_einsum and cotengra themselves, and for few operands by the exact search."""
-    count = len(task.inputs)
-    if count < 3:
-        return []
+        return _ranked(task, [tuple((ids[i], i + 1) for i in range(count - 1))]), []
+    if method == "cotengra":
+        return _ranked(task, _cotengra_paths(task, seed)), []
     plain = replace(task, grads=(False,) * count)
     if count <= _EXACT:
-        return [next(_Subsets(replace(plain, weigh=weigh)).trees())[1] for weigh in (flops, _combo)]
+        subsets = _Subsets(task.inputs, task.output, task.sizes)
+        return subsets.ranking(task), [subsets.ranking(replace(plain, weigh=weigh)).best() for weigh in (flops, _combo)]
+    found = _ranked(task, _cotengra_paths(task, seed))
+    return _ranked(task, [path for _, path in found] + [_improve(path, task) for _, path in found[:_IMPROVED]]), _familiar(task)
+
+
+def _familiar(task: Task) -> list[Path]:
+    """The trees of opt_einsum and of cotengra's exact search; above its reach, cotengra's sample stands for it."""
     from tn.bridge.opt_einsum import pairs_of  # late: keeps `import tn` light
 
-    name = "dp" if count <= _DP else "auto"
+    exact = len(task.inputs) <= _DP
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
-    paths = [pairs_of(("named", name, None), task.inputs, task.output, sizes)]
-    if count <= _DP:
-        paths.append(_optimal(task, "combo"))
-    return [_canonical(path, count) for path in paths]
+    paths = [pairs_of(("named", "dp" if exact else "auto", None), task.inputs, task.output, sizes)]
+    paths += [_optimal(task, "combo")] if exact else []
+    return [_canonical(path, len(task.inputs)) for path in paths]
 
 
 def bound(path: Path, task: Task) -> float:
     """Cost of a tree whose every step runs in its own best layout."""
-    axes, needs, total = [*task.inputs], list(task.grads), 0.0
+    return sum(task.costs(*roles(path, task)))
+
+
+def roles(path: Path, task: Task) -> tuple[list[Extents], list[tuple[bool, bool]]]:
+    """Of every step: its extents (H, M, N, K), and whether its operands need a gradient."""
+    sizes, axes, needs, extents = task.sizes, [*task.inputs], [*task.grads], []
     for left, right, out in steps_of(path, task.inputs, task.output):
         a, b, c = {*axes[left]}, {*axes[right]}, {*out}
-        extents = [volume(group, task.sizes) for group in (a & b & c, a - b, b - a, (a & b) - c)]
-        total += task.step(*extents, needs[left], needs[right])
+        extents.append((volume(a & b & c, sizes), volume(a - b, sizes), volume(b - a, sizes), volume((a & b) - c, sizes)))
         axes.append(out)
         needs.append(needs[left] or needs[right])
-    return total
+    return extents, [(needs[left], needs[right]) for left, right in path]
 
 
 def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple[int, int, Axes]]:
@@ -132,84 +145,116 @@ def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, i
 
 
 class _Subsets:
-    """The cheapest trees over every subset of the operands, made as far as they are asked for.
+    """Every way to split every subset of a few operands in two, and the extents of the contraction that joins the parts.
 
-    Subsets of operands and sets of axes are bit masks. A tree over a subset is the r-th best tree of one part and the s-th best of the
-    other; the candidates for the next best are kept in a heap (Huang and Chiang 2005, "Better k-best parsing").
+    Subsets of operands and sets of axes are bit masks.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task, count = task, len(task.inputs)
-        axes = [*dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term)]
-        bits = {axis: 1 << place for place, axis in enumerate(axes)}
-        masks = [sum(bits[axis] for axis in term) for term in task.inputs]
-        self.all = (1 << count) - 1
-        inside = [0] * (self.all + 1)  # axes of the operands in a subset
-        for subset in range(1, self.all + 1):
+    def __init__(self, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> None:
+        self.count = count = len(inputs)
+        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*inputs, output) for axis in term))}
+        every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
+        for subset in range(1, every + 1):
             low = subset & -subset
-            inside[subset] = inside[subset ^ low] | masks[low.bit_length() - 1]
-        output = sum(bits[axis] for axis in task.output)
-        self.axes = [inside[subset] & (output | inside[self.all ^ subset]) for subset in range(self.all + 1)]
-        for place, mask in enumerate(masks):
-            self.axes[1 << place] = mask
-        self.needs = [any(subset >> place & 1 and need for place, need in enumerate(task.grads)) for subset in range(self.all + 1)]
-        self.volumes = {bit: task.sizes[axis] for axis, bit in bits.items()} | {0: 1}
-        self.found: dict[int, list[tuple]] = {1 << place: [(0.0, 0, 0, 0, 0, 0.0)] for place in range(count)}
-        self.heaps: dict[int, list[tuple]] = {1 << place: [] for place in range(count)}
+            inside[subset] = inside[subset ^ low] | sum(bits[axis] for axis in inputs[low.bit_length() - 1])
+        kept = sum(bits[axis] for axis in output)
+        axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
+        volumes = {0: 1} | {bit: sizes[axis] for axis, bit in bits.items()}
 
-    def trees(self) -> Iterator[tuple[float, Path]]:
+        def product(mask: int) -> int:
+            found = volumes.get(mask)
+            if found is None:
+                low = mask & -mask
+                found = volumes[mask] = volumes[low] * product(mask ^ low)
+            return found
+
+        self.splits = _splits(count)
+        self.extents = []
+        for subset, part, other in self.splits:
+            a, b, out = axes[part], axes[other], axes[subset]
+            both = a & b
+            self.extents.append((product(both & out), product(a & ~b), product(b & ~a), product(both & ~out)))
+
+    def ranking(self, task: Task) -> "_Ranking":
+        """The trees of these operands in the order of a task's costs."""
+        needs = [any(subset >> place & 1 and need for place, need in enumerate(task.grads)) for subset in range(1 << self.count)]
+        costs = task.costs(self.extents, [(needs[part], needs[other]) for _, part, other in self.splits])
+        return _Ranking(self.count, self.splits, costs)
+
+
+@functools.cache
+def _splits(count: int) -> list[tuple[int, int, int]]:
+    """(subset, part, other part) of every subset of so many operands, subsets of a subset first; the first operand is in `part`."""
+    found = []
+    for subset in range(1, 1 << count):
+        rest = subset & (subset - 1)
+        other = rest
+        while other:
+            found.append((subset, subset ^ other, other))
+            other = (other - 1) & rest
+    return found
+
+
+class _Ranking:
+    """The cheapest trees over every subset of the operands, made as far as they are asked for.
+
+    A tree over a subset is the i-th best tree of one part and the j-th best of the other; the candidates for the next best are kept in a
+    heap (Huang and Chiang 2005, "Better k-best parsing").
+    """
+
+    def __init__(self, count: int, splits: Sequence[tuple[int, int, int]], costs: Sequence[float]) -> None:
+        self.count = count
+        leaf = (0.0, 0, 0, 0, 0, 0.0)
+        self.found: list[list[tuple]] = [[leaf] if subset.bit_count() == 1 else [] for subset in range(1 << count)]
+        self.heaps: list[list[tuple] | None] = [None] * (1 << count)
+        for subset, ways in itertools.groupby(zip(splits, costs, strict=True), key=_subset):
+            heap = [(self.found[part][0][0] + self.found[other][0][0] + cost, part, 0, other, 0, cost) for (_, part, other), cost in ways]
+            heapq.heapify(heap)
+            self.heaps[subset] = heap
+            self._get(subset, 0)
+
+    def best(self) -> Path:
+        """The cheapest tree."""
+        return next(iter(self))[1]
+
+    def __iter__(self) -> Iterator[tuple[float, Path]]:
         """Every tree over all operands with its cost, the cheapest first."""
+        every = (1 << self.count) - 1
         for rank in itertools.count():
-            best = self._get(self.all, rank)
+            best = self._get(every, rank)
             if best is None:
                 return
-            yield best[0], _to_path(self._nested(self.all, rank), len(self.task.inputs))
+            yield best[0], _to_path(self._nested(every, rank), self.count)
 
     def _get(self, subset: int, rank: int) -> tuple | None:
         """(cost, part, its rank, other part, its rank, cost of the last step) of a tree over a subset, None if there are fewer."""
-        found = self.found.get(subset)
-        if found is None:
-            found = self.found[subset] = []
-            self.heaps[subset] = [*self._splits(subset)]
-            heapq.heapify(self.heaps[subset])
-        heap = self.heaps[subset]
-        while len(found) <= rank and heap:
-            best = heapq.heappop(heap)
-            found.append(best)
-            _, part, i, other, j, step = best
-            for i_next, j_next in ((i + 1, j), (i, j + 1)) if i == 0 else ((i + 1, j),):
-                first, second = self._get(part, i_next), self._get(other, j_next)
-                if first and second:
-                    heapq.heappush(heap, (first[0] + second[0] + step, part, i_next, other, j_next, step))
+        found, heap = self.found[subset], self.heaps[subset]
+        while len(found) <= rank and heap is not None:
+            if found:
+                self._expand(found[-1], heap)
+            if heap:
+                found.append(heapq.heappop(heap))
+            else:
+                heap = self.heaps[subset] = None
         return found[rank] if rank < len(found) else None
 
-    def _splits(self, subset: int) -> Iterator[tuple]:
-        """The best tree of each way to split a subset in two, its first operand in the first part."""
-        out, rest = self.axes[subset], subset ^ (subset & -subset)
-        other = rest
-        while other:
-            part = subset ^ other
-            a, b = self.axes[part], self.axes[other]
-            both = a & b
-            extents = self._volume(both & out), self._volume(a & ~b), self._volume(b & ~a), self._volume(both & ~out)
-            step = self.task.step(*extents, self.needs[part], self.needs[other])
-            first, second = self._get(part, 0), self._get(other, 0)
-            assert first and second
-            yield first[0] + second[0] + step, part, 0, other, 0, step
-            other = (other - 1) & rest
-
-    def _volume(self, mask: int) -> int:
-        found = self.volumes.get(mask)
-        if found is None:
-            low = mask & -mask
-            found = self.volumes[mask] = self.volumes[low] * self._volume(mask ^ low)
-        return found
+    def _expand(self, tree: tuple, heap: list[tuple]) -> None:
+        """Add the candidates that may follow a tree."""
+        _, part, i, other, j, step = tree
+        for i_next, j_next in ((i + 1, j), (i, j + 1)) if i == 0 else ((i + 1, j),):
+            first, second = self._get(part, i_next), self._get(other, j_next)
+            if first and second:
+                heapq.heappush(heap, (first[0] + second[0] + step, part, i_next, other, j_next, step))
 
     def _nested(self, subset: int, rank: int) -> object:
         best = self._get(subset, rank)
         assert best
         _, part, i, other, j, _ = best
         return (self._nested(part, i), self._nested(other, j)) if part else subset.bit_length() - 1
+
+
+def _subset(way: tuple[tuple[int, int, int], float]) -> int:
+    return way[0][0]
 
 
 def _ranked(task: Task, paths: Sequence[Path]) -> list[tuple[float, Path]]:
@@ -267,7 +312,8 @@ def _improve(path: Path, task: Task) -> Path:
             parts.remove(widest)
             parts += children[widest]
         terms, needed = tuple([axes[part] for part in parts]), tuple([needs[part] for part in parts])
-        best = next(_Subsets(replace(task, inputs=terms, output=out, grads=needed)).trees())[1]
+        inner = replace(task, inputs=terms, output=out, grads=needed)
+        best = _Subsets(terms, out, task.sizes).ranking(inner).best()
         for first, second, made in steps_of(best, terms, out):
             parts.append(add(parts[first], parts[second], made))
         values.append(parts[-1])

@@ -8,9 +8,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from tn.cost import step_flops, volume
 from tn.forms import Form, forms, fuse, groups
-from tn.machine import Machine
+from tn.machine import Array, Machine
 from tn.order import Axes
 
 _BYTES = 4
@@ -200,14 +202,10 @@ class Prices:
         return size
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def ideal(h: int, m: int, n: int, k: int, machine: Machine) -> float:
-    """Seconds of a contraction of these extents in its best layout: no layout is faster."""
-    if k == 1:
-        return machine.element + 2 * _BYTES * h * m * n / machine.multiply
-    best = h * min(machine.product(m, n, k), machine.product(n, m, k))
-    if h > 1:
-        best = min(best, machine.call + h * min(machine.item(m, n, k), machine.item(n, m, k)))
-    if m == n == 1:
-        best = min(best, 2 * machine.element + 2 * _BYTES * h * k / machine.multiply)
-    return best
+def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
+    """Seconds of contractions of these extents, each in its best layout: no layout is faster."""
+    mm, item = (np.minimum(*np.split(t, 2)) for t in machine.fastest(np.r_[m, n], np.r_[n, m], np.r_[k, k]))
+    best = h * np.where(h > 1, np.minimum(mm, machine.call / h + item), mm)
+    elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
+    best = np.where((m == 1) & (n == 1), np.minimum(best, elementwise), best)
+    return np.where(k == 1, machine.element + 2 * _BYTES * h * m * n / machine.multiply, best)

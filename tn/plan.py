@@ -18,7 +18,7 @@ from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
-from tn.pairing import Pairing, ideal, pair
+from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
 FORMAT = 2  # of the JSON
@@ -287,32 +287,31 @@ def _plan(
 ) -> Plan:
     """Lay out the most promising trees until a bound shows that no other can be better, or enough were tried; then try tiles of rows."""
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
-    job = Job(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
-    timed = order.Task(leaves, output, size, job.grads, functools.partial(ideal, machine=table))
-    task = dataclasses.replace(timed, weigh=order.flops) if goal == "flops" else timed
+    job = Job.of(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
+    task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
     found: dict[tuple[Path, int | None], tuple[float, float, tuple[Axes, ...]]] = {}  # (by the goal, seconds, orders)
 
     def lay_out(path: Path, cost: float) -> None:
         seconds, orders = choose(path, job)
         found[path, None] = (cost if goal == "flops" else seconds, seconds, orders)
 
-    trees = order.search(task, method=search, seed=seed)
+    trees, familiar = order.search(task, method=search, seed=seed)
     for least, path in itertools.islice(trees, _LAID_OUT):
         if found and least >= min(found.values())[0] * (1 + 1e-9 * (goal == "flops")):
             break
         lay_out(path, least)
-    for path in order.familiar(task) if search == "auto" else ():
+    for path in familiar:
         if (path, None) not in found:
             lay_out(path, order.bound(path, task))
     for (path, _), (cost, _, orders) in sorted(found.items(), key=_second)[: 1 if goal == "flops" else _TILED]:
         for number, tile in enumerate(_tiles(path, orders, size, table)):
-            tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
+            tiled = job.tiled(ROWS, tile)
             seconds, orders = choose(path, tiled) if number == 0 else (price(path, orders, tiled), orders)
-            seconds += sum(_streaming(leaves, output, job.grads, size, table))
+            seconds += sum(_streaming(leaves, output, job.task.grads, size, table))
             found[path, tile] = (cost if goal == "flops" else seconds, seconds, orders)
     (path, tile), (_, _, orders) = min(found.items(), key=_second)
     others = sorted((seconds, other, rows or 0) for (other, rows), (_, seconds, _) in found.items() if (other, rows) != (path, tile))
-    floor = min(order.bound(path, timed) for path, _ in found)
+    floor = min(order.bound(path, job.task) for path, rows in found if rows is None)
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others[:_SHOWN])
     return Plan(network, sizes, grad, goal, search, path, orders, tile, table, floor, shown)
 

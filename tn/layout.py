@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tn.cost import volume
 from tn.forms import fuse
@@ -52,12 +52,21 @@ class Job:
         return often * (1 + again), often * left_needs, often * right_needs
 
 
-def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
-    """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree.
+class Layout(NamedTuple):
+    """A tree laid out.
 
-    Returns:
-        (predicted seconds of the steps and the needed gradients, the order of every SSA value).
+    Attributes:
+        seconds: predicted, of the steps and the needed gradients. orders: the memory order of every SSA value.
+        excess: of every step, its seconds beyond those of its best layout.
     """
+
+    seconds: float
+    orders: tuple[Axes, ...]
+    excess: tuple[float, ...] = ()
+
+
+def choose(path: Path, job: Job) -> Layout:
+    """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree."""
     inputs, output = job.task.inputs, job.task.output
     steps = [*steps_of(path, inputs, output)]
     count = len(inputs)
@@ -74,14 +83,18 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
             weights = job.weights(axes[left], axes[right], out, *needs[number])
             job.known[same] = _best(table[left], table[right], orders, weights, floors[number], job)
         table.append(job.known[same])
-    chosen: list[Axes] = [()] * len(axes)
-    chosen[-1] = next(iter(table[-1]))
-    for number in reversed(range(len(steps))):
-        left, right, _ = steps[number]
-        _, chosen[left], chosen[right] = table[count + number][chosen[count + number]]
     if not steps:
-        chosen = [*table[0]]
-    return next(iter(table[-1].values()))[0], tuple(chosen)
+        return Layout(0.0, inputs)
+    chosen: list[Axes] = [()] * len(axes)
+    chosen[-1] = output
+    excess = []
+    for number in reversed(range(len(steps))):
+        left, right, out = steps[number]
+        cost, chosen[left], chosen[right] = table[count + number][chosen[count + number]]
+        weights = job.weights(axes[left], axes[right], out, *needs[number])
+        least = sum([weight * floor for weight, floor in zip(weights, floors[number], strict=True)])
+        excess.append(cost - table[left][chosen[left]][0] - table[right][chosen[right]][0] - least)
+    return Layout(table[-1][output][0], tuple(chosen), tuple(excess[::-1]))
 
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:

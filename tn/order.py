@@ -1,17 +1,18 @@
 """Contraction order: trees for a network, the most promising first. The only file that imports cotengra.
 
-A tree is a path: a sequence of pairs in SSA form, operands numbered first, every pair appending one tensor. Trees are ranked by a *bound*:
-the sum over their steps, and over the gradients that are needed, of what each would cost in its own best layout.
+A tree is a path: a sequence of pairs in SSA form, operands numbered first, every pair appending one tensor. Trees are compared by a
+*bound*: the sum over their steps, and over the gradients that are needed, of what each would cost in its own best layout. Layouts then say
+what a tree really costs, and correct the bounds of others (`Trees`).
 
-Up to eight operands, an exact search over all subsets of them gives the trees in the order of their bound, as many as asked for. Beyond,
-cotengra's greedy sampler is scored by the same bound, and the best of its trees are improved piece by piece with the exact search.
+Up to eight operands the tree of the least bound is found among all trees, by dynamic programming over the subsets of the operands. Beyond,
+cotengra's greedy sampler is scored by the same bound, and the best of its trees are improved piece by piece by that exact search.
 """
 
+import copy
 import functools
-import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,17 +67,42 @@ def flops(h: Array, m: Array, n: Array, k: Array) -> Array:
     return 2 * h * m * n * k
 
 
-def search(task: Task, *, method: str = "auto", seed: int = 0) -> tuple[Iterable[tuple[float, Path]], list[Path]]:
-    """Trees worth laying out.
+class Trees:
+    """Trees worth laying out, one after the other, while layouts teach what the rest may cost.
+
+    Iterating gives the tree of the least cost that was not given yet, by its bound and by what was learnt: after `learn`, every tree in
+    which the same two subtrees meet is charged for their step what its layout cost beyond the bound. It ends when the tree of the least
+    cost is one that was given before. The trees that other planners would take come last, so that no plan is slower for not knowing
+    them: the fewest FLOPs as opt_einsum's "dp", and FLOPs traded against elements written as cotengra's "auto".
+
+    Attributes:
+        task: what is searched. least: the smallest bound of all trees (up to eight operands), else of those found.
+    """
+
+    def __init__(self, task: Task, best: Callable[[Mapping[tuple[int, int], float]], tuple[float, Path]], familiar: Sequence[Path]) -> None:
+        self.task = task
+        self.least, _ = best({})
+        self._best, self._familiar = best, familiar
+        self._learnt: dict[tuple[int, int], float] = {}
+
+    def learn(self, path: Path, excess: Sequence[float]) -> None:
+        """Charge for the steps of a tree what each of them cost beyond its bound."""
+        self._learnt.update(zip(_joined(path, len(self.task.inputs)), excess, strict=True))
+
+    def __iter__(self) -> Iterator[Path]:
+        given: set[Path] = set()
+        while (path := self._best(self._learnt)[1]) not in given:
+            given.add(path)
+            yield path
+        yield from (path for path in dict.fromkeys(self._familiar) if path not in given)
+
+
+def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
+    """The trees of a task.
 
     Args:
         method: "auto", "cotengra" (its trees alone), "left_to_right" (the order as written).
         seed: of cotengra's sampler.
-
-    Returns:
-        (trees with their bounds, the least first; up to eight operands every tree there is, else those that were found, at least one
-        and none twice; trees to try whatever their bound: those that other planners take, so that no plan is slower for not knowing
-        them: opt_einsum's of the fewest FLOPs, and cotengra's "auto", which trades FLOPs against elements written).
 
     Raises:
         PlanError: an unknown method.
@@ -85,18 +111,34 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> tuple[Iterable
     if method not in SEARCHES:
         raise PlanError(unknown("search", method, SEARCHES))
     if count == 1:
-        return [(0.0, ())], []
+        return Trees(task, _Found(task, [()]).best, ())
     if method == "left_to_right":
         ids = [0, *range(count, 2 * count - 2)]
-        return _ranked(task, [tuple((ids[i], i + 1) for i in range(count - 1))]), []
+        return Trees(task, _Found(task, [tuple((ids[i], i + 1) for i in range(count - 1))]).best, ())
     if method == "cotengra":
-        return _ranked(task, _cotengra_paths(task, seed)), []
+        found = _Found(task, _cotengra_paths(task, seed))
+        return Trees(task, found.best, [path for _, path, _ in found.trees])
     plain = replace(task, grads=(False,) * count)
     if count <= _EXACT:
-        subsets = _Subsets(task.inputs, task.output, task.sizes)
-        return subsets.ranking(task), [subsets.ranking(replace(plain, weigh=weigh)).best() for weigh in (flops, _combo)]
-    found = _ranked(task, _cotengra_paths(task, seed))
-    return _ranked(task, [path for _, path in found] + [_improve(path, task) for _, path in found[:_IMPROVED]]), _familiar(task)
+        subsets = _Subsets(task)
+        others = [subsets.weighed(replace(plain, weigh=weigh)).best({})[1] for weigh in (flops, _combo)] if count > 3 else []
+        return Trees(task, subsets.best, others)
+    found = _Found(task, _cotengra_paths(task, seed))
+    found = _Found(task, [path for _, path, _ in found.trees] + [_improve(path, task) for _, path, _ in found.trees[:_IMPROVED]])
+    return Trees(task, found.best, _familiar(plain))
+
+
+class _Found:
+    """Some trees: (bound, tree, the parts its steps join), the least bound first."""
+
+    def __init__(self, task: Task, paths: Sequence[Path]) -> None:
+        count = len(task.inputs)
+        different = dict.fromkeys(_canonical(path, count) for path in paths)
+        self.trees = sorted((bound(path, task), path, [*_joined(path, count)]) for path in different)
+
+    def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
+        """The cheapest with what was learnt, and its cost."""
+        return min((least + sum([learnt.get(both, 0.0) for both in joined]), path) for least, path, joined in self.trees)
 
 
 def _familiar(task: Task) -> list[Path]:
@@ -106,8 +148,26 @@ def _familiar(task: Task) -> list[Path]:
     exact = len(task.inputs) <= _DP
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
     paths = [pairs_of(("named", "dp" if exact else "auto", None), task.inputs, task.output, sizes)]
-    paths += [_optimal(task, "combo")] if exact else []
-    return [_canonical(path, len(task.inputs)) for path in paths]
+    return [_canonical(path, len(task.inputs)) for path in (*paths, *([_optimal(task, "combo")] if exact else []))]
+
+
+def _joined(path: Path, count: int) -> Iterator[tuple[int, int]]:
+    """The subsets of operands that each step joins, as bit masks, the one with the first operand first."""
+    subsets = [1 << place for place in range(count)]
+    for left, right in path:
+        a, b = subsets[left], subsets[right]
+        subsets.append(a | b)
+        yield (a, b) if a & -a < b & -b else (b, a)
+
+
+def _familiar(task: Task) -> list[Path]:
+    """The trees of opt_einsum and of cotengra's exact search; above its reach, cotengra's sample stands for it."""
+    from tn.bridge.opt_einsum import pairs_of  # late: keeps `import tn` light
+
+    exact = len(task.inputs) <= _DP
+    sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
+    paths = [pairs_of(("named", "dp" if exact else "auto", None), task.inputs, task.output, sizes)]
+    return paths + ([_optimal(task, "combo")] if exact else [])
 
 
 def bound(path: Path, task: Task) -> float:
@@ -145,21 +205,21 @@ def tree(path: Path, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, i
 
 
 class _Subsets:
-    """Every way to split every subset of a few operands in two, and the extents of the contraction that joins the parts.
+    """All trees of a few operands: every way to split every subset of them in two, with the cost of the step that joins the parts.
 
     Subsets of operands and sets of axes are bit masks.
     """
 
-    def __init__(self, inputs: Sequence[Axes], output: Axes, sizes: Mapping[str, int]) -> None:
-        self.count = count = len(inputs)
-        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*inputs, output) for axis in term))}
+    def __init__(self, task: Task) -> None:
+        self.count = count = len(task.inputs)
+        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
         every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
         for subset in range(1, every + 1):
             low = subset & -subset
-            inside[subset] = inside[subset ^ low] | sum(bits[axis] for axis in inputs[low.bit_length() - 1])
-        kept = sum(bits[axis] for axis in output)
+            inside[subset] = inside[subset ^ low] | sum([bits[axis] for axis in task.inputs[low.bit_length() - 1]])
+        kept = sum([bits[axis] for axis in task.output])
         axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
-        volumes = {0: 1} | {bit: sizes[axis] for axis, bit in bits.items()}
+        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in bits.items()}
 
         def product(mask: int) -> int:
             found = volumes.get(mask)
@@ -168,18 +228,43 @@ class _Subsets:
                 found = volumes[mask] = volumes[low] * product(mask ^ low)
             return found
 
-        self.splits = _splits(count)
         self.extents = []
-        for subset, part, other in self.splits:
+        for subset, part, other in _splits(count):
             a, b, out = axes[part], axes[other], axes[subset]
             both = a & b
             self.extents.append((product(both & out), product(a & ~b), product(b & ~a), product(both & ~out)))
+        self.costs = self._costs(task)
 
-    def ranking(self, task: Task) -> "_Ranking":
-        """The trees of these operands in the order of a task's costs."""
-        needs = [any(subset >> place & 1 and need for place, need in enumerate(task.grads)) for subset in range(1 << self.count)]
-        costs = task.costs(self.extents, [(needs[part], needs[other]) for _, part, other in self.splits])
-        return _Ranking(self.count, self.splits, costs)
+    def weighed(self, task: Task) -> "_Subsets":
+        """The same with the costs of another task for the same operands."""
+        other = copy.copy(self)
+        other.costs = self._costs(task)
+        return other
+
+    def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
+        """The cheapest tree with what was learnt, and its cost."""
+        costs = self.costs
+        if learnt:
+            costs = [*costs]
+            for both, more in learnt.items():
+                costs[_places(self.count)[both]] += more
+        least, parts = [math.inf] * (1 << self.count), [0] * (1 << self.count)
+        for place in range(self.count):
+            least[1 << place] = 0.0
+        for (subset, part, other), cost in zip(_splits(self.count), costs, strict=True):
+            cost += least[part] + least[other]
+            if cost < least[subset]:
+                least[subset], parts[subset] = cost, part
+
+        def nested(subset: int) -> object:
+            part = parts[subset]
+            return (nested(part), nested(subset ^ part)) if part else subset.bit_length() - 1
+
+        return least[-1], _to_path(nested((1 << self.count) - 1), self.count)
+
+    def _costs(self, task: Task) -> list[float]:
+        needs = [any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << self.count)]
+        return task.costs(self.extents, [(needs[part], needs[other]) for _, part, other in _splits(self.count)])
 
 
 @functools.cache
@@ -195,70 +280,10 @@ def _splits(count: int) -> list[tuple[int, int, int]]:
     return found
 
 
-class _Ranking:
-    """The cheapest trees over every subset of the operands, made as far as they are asked for.
-
-    A tree over a subset is the i-th best tree of one part and the j-th best of the other; the candidates for the next best are kept in a
-    heap (Huang and Chiang 2005, "Better k-best parsing").
-    """
-
-    def __init__(self, count: int, splits: Sequence[tuple[int, int, int]], costs: Sequence[float]) -> None:
-        self.count = count
-        leaf = (0.0, 0, 0, 0, 0, 0.0)
-        self.found: list[list[tuple]] = [[leaf] if subset.bit_count() == 1 else [] for subset in range(1 << count)]
-        self.heaps: list[list[tuple] | None] = [None] * (1 << count)
-        for subset, ways in itertools.groupby(zip(splits, costs, strict=True), key=_subset):
-            heap = [(self.found[part][0][0] + self.found[other][0][0] + cost, part, 0, other, 0, cost) for (_, part, other), cost in ways]
-            heapq.heapify(heap)
-            self.heaps[subset] = heap
-            self._get(subset, 0)
-
-    def best(self) -> Path:
-        """The cheapest tree."""
-        return next(iter(self))[1]
-
-    def __iter__(self) -> Iterator[tuple[float, Path]]:
-        """Every tree over all operands with its cost, the cheapest first."""
-        every = (1 << self.count) - 1
-        for rank in itertools.count():
-            best = self._get(every, rank)
-            if best is None:
-                return
-            yield best[0], _to_path(self._nested(every, rank), self.count)
-
-    def _get(self, subset: int, rank: int) -> tuple | None:
-        """(cost, part, its rank, other part, its rank, cost of the last step) of a tree over a subset, None if there are fewer."""
-        found, heap = self.found[subset], self.heaps[subset]
-        while len(found) <= rank and heap is not None:
-            if found:
-                self._expand(found[-1], heap)
-            if heap:
-                found.append(heapq.heappop(heap))
-            else:
-                heap = self.heaps[subset] = None
-        return found[rank] if rank < len(found) else None
-
-    def _expand(self, tree: tuple, heap: list[tuple]) -> None:
-        """Add the candidates that may follow a tree."""
-        _, part, i, other, j, step = tree
-        for i_next, j_next in ((i + 1, j), (i, j + 1)) if i == 0 else ((i + 1, j),):
-            first, second = self._get(part, i_next), self._get(other, j_next)
-            if first and second:
-                heapq.heappush(heap, (first[0] + second[0] + step, part, i_next, other, j_next, step))
-
-    def _nested(self, subset: int, rank: int) -> object:
-        best = self._get(subset, rank)
-        assert best
-        _, part, i, other, j, _ = best
-        return (self._nested(part, i), self._nested(other, j)) if part else subset.bit_length() - 1
-
-
-def _subset(way: tuple[tuple[int, int, int], float]) -> int:
-    return way[0][0]
-
-
-def _ranked(task: Task, paths: Sequence[Path]) -> list[tuple[float, Path]]:
-    return sorted((bound(path, task), path) for path in dict.fromkeys(_canonical(path, len(task.inputs)) for path in paths))
+@functools.cache
+def _places(count: int) -> dict[tuple[int, int], int]:
+    """Both parts of a split → its place among the splits."""
+    return {(part, other): place for place, (_, part, other) in enumerate(_splits(count))}
 
 
 def _combo(h: int, m: int, n: int, k: int) -> float:
@@ -313,7 +338,7 @@ def _improve(path: Path, task: Task) -> Path:
             parts += children[widest]
         terms, needed = tuple([axes[part] for part in parts]), tuple([needs[part] for part in parts])
         inner = replace(task, inputs=terms, output=out, grads=needed)
-        best = _Subsets(terms, out, task.sizes).ranking(inner).best()
+        _, best = _Subsets(inner).best({})
         for first, second, made in steps_of(best, terms, out):
             parts.append(add(parts[first], parts[second], made))
         values.append(parts[-1])

@@ -203,9 +203,13 @@ class Prices:
 
 
 def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
-    """Seconds of contractions of these extents, each in its best layout: no layout is faster."""
+    """Seconds of contractions of these extents, each in its best layout, nothing broadcast: no layout is faster."""
+    sizes = [_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n]
+    far = [np.maximum(size - machine.near, 0) / machine.far for size in sizes]
+    fresh = np.where(sizes[2] >= machine.paged, sizes[2] / machine.fresh, 0.0)
     mm, item = (np.minimum(*np.split(t, 2)) for t in machine.fastest(np.r_[m, n], np.r_[n, m], np.r_[k, k]))
-    best = h * np.where(h > 1, np.minimum(mm, machine.call / h + item), mm)
+    product = h * np.where(h > 1, np.minimum(mm, machine.call / h + item), mm)
     elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
-    best = np.where((m == 1) & (n == 1), np.minimum(best, elementwise), best)
-    return np.where(k == 1, machine.element + 2 * _BYTES * h * m * n / machine.multiply, best)
+    product = np.where((m == 1) & (n == 1), np.minimum(product, elementwise), product) + 2 * machine.view + far[0] + far[1] + far[2]
+    multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])
+    return fresh + np.where(k == 1, multiply + far[2], product)

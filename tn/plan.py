@@ -289,24 +289,19 @@ def _plan(
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     job = Job.of(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
     task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
-    found: dict[tuple[Path, int | None], tuple[float, float, tuple[Axes, ...]]] = {}  # (by the goal, seconds, orders)
-
-    def lay_out(path: Path, cost: float) -> None:
-        seconds, orders = choose(path, job)
-        found[path, None] = (cost if goal == "flops" else seconds, seconds, orders)
-
-    trees, familiar = order.search(task, method=search, seed=seed)
-    for least, path in itertools.islice(trees, _LAID_OUT):
-        if found and least >= min(found.values())[0] * (1 + 1e-9 * (goal == "flops")):
-            break
-        lay_out(path, least)
-    for path in familiar:
-        if (path, None) not in found:
-            lay_out(path, order.bound(path, task))
+    found: dict[tuple[Path, int | None], tuple[float, float, tuple[Axes, ...]]] = {}  # (cost by the goal, seconds, orders)
+    trees = order.search(task, method=search, seed=seed)
+    for path in itertools.islice(trees, _LAID_OUT):
+        bound = order.bound(path, task)
+        if found and bound >= min(found.values())[0] * (1 + 1e-9 * (goal == "flops")):
+            continue
+        layout = choose(path, job)
+        trees.learn(path, layout.excess)
+        found[path, None] = (bound if goal == "flops" else layout.seconds, layout.seconds, layout.orders)
     for (path, _), (cost, _, orders) in sorted(found.items(), key=_second)[: 1 if goal == "flops" else _TILED]:
         for number, tile in enumerate(_tiles(path, orders, size, table)):
             tiled = job.tiled(ROWS, tile)
-            seconds, orders = choose(path, tiled) if number == 0 else (price(path, orders, tiled), orders)
+            seconds, orders = choose(path, tiled)[:2] if number == 0 else (price(path, orders, tiled), orders)
             seconds += sum(_streaming(leaves, output, job.task.grads, size, table))
             found[path, tile] = (cost if goal == "flops" else seconds, seconds, orders)
     (path, tile), (_, _, orders) = min(found.items(), key=_second)

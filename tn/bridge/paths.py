@@ -77,5 +77,5 @@ def along(
         raise PlanError(f"an order of {len(pairs)} steps for {count} operands, expected {count - 1}")
     draft = plan(network, grad=grad, rows=rows, sizes=sizes, dtype=dtype, device=device, search="left_to_right")
     needs = tuple(term.name in draft.grad for term in network.spec.operands)
-    _, orders = choose(pairs, Job.of(draft.leaves, network.output.axes, draft.size, needs, draft.machine))
+    orders = choose(pairs, Job.of(draft.leaves, network.output.axes, draft.size, needs, draft.machine)).orders
     return dataclasses.replace(draft, search="given", path=pairs, orders=orders, tile=None, floor=0.0, others=())

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from tn.cost import volume
 from tn.forms import fuse
 from tn.machine import Machine
-from tn.order import Axes, Path, Task, roles, steps_of
+from tn.order import Axes, Path, Task, Weights, roles, steps_of
 from tn.pairing import Prices, ideal
 from tn.spec import ROWS
 
 _ORDERS = 8  # orders of an intermediate that are tried
 _ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
+
+_NO_FLOORS = (0.0, 0.0, 0.0)
 
 Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
 
@@ -25,31 +27,23 @@ class Job:
     """What trees are laid out for.
 
     Attributes:
-        task: the operands, the result and the sizes of all axes; with tiles, the rows are those of a tile.
-        machine: prices the steps. tiles: how often a step with rows runs.
+        task: the operands, the result and the sizes of all axes. machine: prices the steps.
         known: what was found out, because trees share subtrees.
     """
 
     task: Task
     machine: Machine
-    tiles: float = 1.0
     known: dict[tuple, Costs] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: tuple[Axes, ...], output: Axes, sizes: Mapping[str, int], grads: tuple[bool, ...], machine: Machine) -> "Job":
-        """A job for all rows at once, whose task ranks trees by the seconds of their steps."""
+        """A job for all rows at once, whose task compares trees by the seconds of their steps."""
         return cls(Task(inputs, output, sizes, grads, functools.partial(ideal, machine=machine)), machine)
 
-    def tiled(self, axis: str, tile: int) -> "Job":
-        """The same with the rows taken in tiles."""
-        task = replace(self.task, sizes={**self.task.sizes, axis: tile})
-        return Job(task, self.machine, self.task.sizes[axis] / tile)
-
-    def weights(self, left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool) -> tuple[float, float, float]:
-        """How often a step, the gradient of its left and that of its right operand run. A tile makes its intermediates again."""
-        often = self.tiles if ROWS in left or ROWS in right else 1.0
-        again = any(self.task.grads) and self.tiles > 1 and often > 1 and set(out) != set(self.task.output)
-        return often * (1 + again), often * left_needs, often * right_needs
+    def tiled(self, tile: int) -> "Job":
+        """The same with so many rows at a time."""
+        sizes = self.task.sizes
+        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine)
 
 
 class Layout(NamedTuple):
@@ -57,7 +51,7 @@ class Layout(NamedTuple):
 
     Attributes:
         seconds: predicted, of the steps and the needed gradients. orders: the memory order of every SSA value.
-        excess: of every step, its seconds beyond those of its best layout.
+        excess: of every step, what it adds to the seconds of its subtree in the best order for that beyond its own best layout.
     """
 
     seconds: float
@@ -72,43 +66,42 @@ def choose(path: Path, job: Job) -> Layout:
     count = len(inputs)
     parent = {operand: number for number, (left, right, _) in enumerate(steps) for operand in (left, right)}
     axes = [*inputs, *(out for _, _, out in steps)]
-    extents, needs = roles(path, job.task)
+    extents, weights = roles(path, job.task)
     floors = job.task.turns(extents).T.tolist()
     table = [job.known.setdefault((t,), {t: (0.0, (), ())}) for t in inputs]
-    for number, (left, right, out) in enumerate(steps):
+    for number, (left, right, _) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
-        same = (id(table[left]), id(table[right]), needs[number], *orders)
+        same = (id(table[left]), id(table[right]), weights[number], *orders)
         if same not in job.known:
-            weights = job.weights(axes[left], axes[right], out, *needs[number])
-            job.known[same] = _best(table[left], table[right], orders, weights, floors[number], job)
+            job.known[same] = _best(table[left], table[right], orders, weights[number], floors[number], job)
         table.append(job.known[same])
     if not steps:
         return Layout(0.0, inputs)
     chosen: list[Axes] = [()] * len(axes)
     chosen[-1] = output
-    excess = []
     for number in reversed(range(len(steps))):
-        left, right, out = steps[number]
-        cost, chosen[left], chosen[right] = table[count + number][chosen[count + number]]
-        weights = job.weights(axes[left], axes[right], out, *needs[number])
-        least = sum([weight * floor for weight, floor in zip(weights, floors[number], strict=True)])
-        excess.append(cost - table[left][chosen[left]][0] - table[right][chosen[right]][0] - least)
-    return Layout(table[-1][output][0], tuple(chosen), tuple(excess[::-1]))
+        left, right, _ = steps[number]
+        _, chosen[left], chosen[right] = table[count + number][chosen[count + number]]
+    best = [min(costs.values())[0] for costs in table]
+    excess = []
+    for number, (left, right, _) in enumerate(steps):
+        least = sum([weight * floor for weight, floor in zip(weights[number], floors[number], strict=True)])
+        excess.append(best[count + number] - best[left] - best[right] - least)
+    return Layout(best[-1], tuple(chosen), tuple(excess))
 
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
     """Predicted seconds (see `choose`) of a tree in given memory orders."""
-    total, (_, needs) = 0.0, roles(path, job.task)
+    total, (_, weights) = 0.0, roles(path, job.task)
     for number, (left, right) in enumerate(path):
-        out = len(job.task.inputs) + number
-        weights = job.weights(orders[left], orders[right], orders[out], *needs[number])
-        (found,) = _best(*({orders[value]: (0.0, (), ())} for value in (left, right)), [orders[out]], weights, (0.0, 0.0, 0.0), job).values()
-        total += found[0]
+        lefts, rights = ({orders[value]: (0.0, (), ())} for value in (left, right))
+        ((found, _, _),) = _best(lefts, rights, [orders[len(job.task.inputs) + number]], weights[number], _NO_FLOORS, job).values()
+        total += found
     return total
 
 
-def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: tuple[float, float, float], floors: Sequence[float], job: Job) -> Costs:
+def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: Weights, floors: Sequence[float], job: Job) -> Costs:
     """For each order of a step's result the cheapest orders of both operands. Pairs that could not win even in their best layout are
     left out.
 

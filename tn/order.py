@@ -8,7 +8,6 @@ Up to eight operands the tree of the least bound is found among all trees, by dy
 cotengra's greedy sampler is scored by the same bound, and the best of its trees are improved piece by piece by that exact search.
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -20,10 +19,12 @@ import numpy as np
 
 from tn.cost import volume
 from tn.errors import PlanError, unknown
+from tn.spec import ROWS
 
 Array = np.ndarray
 Axes = tuple[str, ...]
 Path = tuple[tuple[int, int], ...]
+Weights = tuple[float, float, float]  # of a step, of the gradient of its left and of its right operand
 Extents = tuple[int, int, int, int]  # of a contraction: batch, left, right and contracted (H, M, N, K)
 
 SEARCHES = ("auto", "cotengra", "left_to_right")
@@ -40,7 +41,8 @@ class Task:
 
     Attributes:
         inputs: axes of each operand (no repeated axis inside one). output: axes that survive. grads: which operands need a gradient.
-        sizes: of every axis. weigh: costs of contractions from arrays of their batch, left, right and contracted extents (H, M, N, K).
+        sizes: of every axis; with tiles, the rows are those of a tile. tiles: how often a step with rows runs.
+        weigh: costs of contractions from arrays of their batch, left, right and contracted extents (H, M, N, K).
     """
 
     inputs: tuple[Axes, ...]
@@ -48,6 +50,13 @@ class Task:
     sizes: Mapping[str, int]
     grads: tuple[bool, ...]
     weigh: Callable[[Array, Array, Array, Array], Array]
+    tiles: float = 1.0
+
+    def weights(self, rows: bool, last: bool, left_needs: bool, right_needs: bool) -> Weights:
+        """How often a step runs, with rows or without, and the gradients of its operands. A tile makes its intermediates again."""
+        often = self.tiles if rows else 1.0
+        again = rows and not last and self.tiles > 1 and any(self.grads)
+        return often * (1 + again), often * left_needs, often * right_needs
 
     def turns(self, extents: Sequence[Extents]) -> Array:
         """Costs of contractions, of the gradients of their left and of those of their right operands (three lines): contractions of the
@@ -55,11 +64,9 @@ class Task:
         h, m, n, k = np.array(extents, float).reshape(-1, 4).T
         return self.weigh(np.tile(h, 3), np.r_[m, m, k], np.r_[n, k, n], np.r_[k, n, m]).reshape(3, -1)
 
-    def costs(self, extents: Sequence[Extents], needs: Sequence[tuple[bool, bool]]) -> list[float]:
-        """Costs of steps, and of the gradients of their operands where `needs` says so."""
-        step, left, right = self.turns(extents)
-        needs_left, needs_right = np.array(needs, bool).reshape(-1, 2).T
-        return (step + left * needs_left + right * needs_right).tolist()
+    def costs(self, extents: Sequence[Extents], weights: Sequence[Weights]) -> list[float]:
+        """Costs of steps with the gradients of their operands, each turn as often as its weight says."""
+        return (self.turns(extents).T * np.array(weights).reshape(-1, 3)).sum(axis=1).tolist()
 
 
 def flops(h: Array, m: Array, n: Array, k: Array) -> Array:
@@ -79,11 +86,14 @@ class Trees:
         task: what is searched. least: the smallest bound of all trees (up to eight operands), else of those found.
     """
 
-    def __init__(self, task: Task, best: Callable[[Mapping[tuple[int, int], float]], tuple[float, Path]], familiar: Sequence[Path]) -> None:
-        self.task = task
-        self.least, _ = best({})
-        self._best, self._familiar = best, familiar
+    def __init__(self, task: Task, pool: "_Subsets | _Found", familiar: Sequence[Path] = ()) -> None:
+        self.task, self._pool, self._familiar = task, pool, familiar
+        self.least, _ = pool.best({})
         self._learnt: dict[tuple[int, int], float] = {}
+
+    def of(self, task: Task) -> "Trees":
+        """The same trees, compared for another task with the same operands."""
+        return Trees(task, self._pool.of(task))
 
     def learn(self, path: Path, excess: Sequence[float]) -> None:
         """Charge for the steps of a tree what each of them cost beyond its bound."""
@@ -91,7 +101,7 @@ class Trees:
 
     def __iter__(self) -> Iterator[Path]:
         given: set[Path] = set()
-        while (path := self._best(self._learnt)[1]) not in given:
+        while (path := self._pool.best(self._learnt)[1]) not in given:
             given.add(path)
             yield path
         yield from (path for path in dict.fromkeys(self._familiar) if path not in given)
@@ -111,21 +121,21 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
     if method not in SEARCHES:
         raise PlanError(unknown("search", method, SEARCHES))
     if count == 1:
-        return Trees(task, _Found(task, [()]).best, ())
+        return Trees(task, _Found(task, [()]))
     if method == "left_to_right":
         ids = [0, *range(count, 2 * count - 2)]
-        return Trees(task, _Found(task, [tuple((ids[i], i + 1) for i in range(count - 1))]).best, ())
+        return Trees(task, _Found(task, [tuple((ids[i], i + 1) for i in range(count - 1))]))
     if method == "cotengra":
         found = _Found(task, _cotengra_paths(task, seed))
-        return Trees(task, found.best, [path for _, path, _ in found.trees])
+        return Trees(task, found, [path for _, path, _ in found.trees])
     plain = replace(task, grads=(False,) * count)
     if count <= _EXACT:
         subsets = _Subsets(task)
-        others = [subsets.weighed(replace(plain, weigh=weigh)).best({})[1] for weigh in (flops, _combo)] if count > 3 else []
-        return Trees(task, subsets.best, others)
+        others = [subsets.of(replace(plain, weigh=weigh)).best({})[1] for weigh in (flops, _combo)] if count > 3 else []
+        return Trees(task, subsets, others)
     found = _Found(task, _cotengra_paths(task, seed))
-    found = _Found(task, [path for _, path, _ in found.trees] + [_improve(path, task) for _, path, _ in found.trees[:_IMPROVED]])
-    return Trees(task, found.best, _familiar(plain))
+    improved = [_improve(path, task) for _, path, _ in found.trees[:_IMPROVED]]
+    return Trees(task, _Found(task, [path for _, path, _ in found.trees] + improved), _familiar(plain))
 
 
 class _Found:
@@ -135,6 +145,10 @@ class _Found:
         count = len(task.inputs)
         different = dict.fromkeys(_canonical(path, count) for path in paths)
         self.trees = sorted((bound(path, task), path, [*_joined(path, count)]) for path in different)
+
+    def of(self, task: Task) -> "_Found":
+        """The same trees for another task."""
+        return _Found(task, [path for _, path, _ in self.trees])
 
     def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
         """The cheapest with what was learnt, and its cost."""
@@ -175,15 +189,16 @@ def bound(path: Path, task: Task) -> float:
     return sum(task.costs(*roles(path, task)))
 
 
-def roles(path: Path, task: Task) -> tuple[list[Extents], list[tuple[bool, bool]]]:
-    """Of every step: its extents (H, M, N, K), and whether its operands need a gradient."""
-    sizes, axes, needs, extents = task.sizes, [*task.inputs], [*task.grads], []
+def roles(path: Path, task: Task) -> tuple[list[Extents], list[Weights]]:
+    """Extents and weights of every step."""
+    sizes, axes, needs, extents, weights = task.sizes, [*task.inputs], [*task.grads], [], []
     for left, right, out in steps_of(path, task.inputs, task.output):
         a, b, c = {*axes[left]}, {*axes[right]}, {*out}
         extents.append((volume(a & b & c, sizes), volume(a - b, sizes), volume(b - a, sizes), volume((a & b) - c, sizes)))
+        weights.append(task.weights(ROWS in a or ROWS in b, len(weights) == len(path) - 1, needs[left], needs[right]))
         axes.append(out)
         needs.append(needs[left] or needs[right])
-    return extents, [(needs[left], needs[right]) for left, right in path]
+    return extents, weights
 
 
 def steps_of(path: Path, inputs: Sequence[Axes], output: Axes) -> Iterator[tuple[int, int, Axes]]:
@@ -228,18 +243,18 @@ class _Subsets:
                 found = volumes[mask] = volumes[low] * product(mask ^ low)
             return found
 
-        self.extents = []
+        extents, weights, rows = [], [], bits.get(ROWS, 0)
+        needs = [any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << count)]
         for subset, part, other in _splits(count):
             a, b, out = axes[part], axes[other], axes[subset]
             both = a & b
-            self.extents.append((product(both & out), product(a & ~b), product(b & ~a), product(both & ~out)))
-        self.costs = self._costs(task)
+            extents.append((product(both & out), product(a & ~b), product(b & ~a), product(both & ~out)))
+            weights.append(task.weights(bool((a | b) & rows), subset == every, needs[part], needs[other]))
+        self.costs = task.costs(extents, weights)
 
-    def weighed(self, task: Task) -> "_Subsets":
-        """The same with the costs of another task for the same operands."""
-        other = copy.copy(self)
-        other.costs = self._costs(task)
-        return other
+    def of(self, task: Task) -> "_Subsets":
+        """The same trees for another task."""
+        return _Subsets(task)
 
     def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
         """The cheapest tree with what was learnt, and its cost."""
@@ -261,10 +276,6 @@ class _Subsets:
             return (nested(part), nested(subset ^ part)) if part else subset.bit_length() - 1
 
         return least[-1], _to_path(nested((1 << self.count) - 1), self.count)
-
-    def _costs(self, task: Task) -> list[float]:
-        needs = [any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << self.count)]
-        return task.costs(self.extents, [(needs[part], needs[other]) for _, part, other in _splits(self.count)])
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from tn.machine import Array, Machine
 from tn.order import Axes
 
 _BYTES = 4
+_PART = 256.0  # rows of a part, see `ideal`
 _SCATTER = 2.5  # times as long takes what lies out of cache when an item of a batch is not one block of memory (two CPU cores)
 
 
@@ -203,12 +204,17 @@ class Prices:
 
 
 def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
-    """Seconds of contractions of these extents, each in its best layout, nothing broadcast: no layout is faster."""
+    """Seconds of contractions of these extents, each in its best layout: hardly any layout is faster. (A product without a batch can also
+    run as a batch of parts of M or N; parts of one size stand for all of them.)"""
     sizes = [_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n]
     far = [np.maximum(size - machine.near, 0) / machine.far for size in sizes]
     fresh = np.where(sizes[2] >= machine.paged, sizes[2] / machine.fresh, 0.0)
-    mm, item = (np.minimum(*np.split(t, 2)) for t in machine.fastest(np.r_[m, n], np.r_[n, m], np.r_[k, k]))
-    product = h * np.where(h > 1, np.minimum(mm, machine.call / h + item), mm)
+    part_m, part_n = (np.where(h > 1, extent, np.minimum(extent, _PART)) for extent in (m, n))
+    rows, columns, summed = np.r_[m, n, part_m, n, m, part_n], np.r_[n, m, n, part_m, part_n, m], np.tile(k, 6)
+    mm, item = (t.reshape(6, -1) for t in machine.fastest(rows, columns, summed))
+    parts = np.minimum(np.minimum(item[2], item[3]) * (m / part_m), np.minimum(item[4], item[5]) * (n / part_n))
+    one = np.minimum(mm[0], mm[1])
+    product = np.where((h > 1) | (parts < one), np.minimum(h * one, machine.call + h * parts), h * one)
     elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
     product = np.where((m == 1) & (n == 1), np.minimum(product, elementwise), product) + 2 * machine.view + far[0] + far[1] + far[2]
     multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ GOALS = ("time", "flops")
 _TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
 _SHOWN = 3  # plans not chosen that a plan remembers
-_TILED = 2  # the fastest of those that are tried with tiles
+_TILED = 4  # the same in tiles of rows
+_TILED_BEST = 2  # the fastest of those that are tried with several tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
 SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
 
@@ -285,42 +286,45 @@ def plan(
 def _plan(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
-    """Lay out the most promising trees until a bound shows that no other can be better, or enough were tried; then try tiles of rows."""
+    """Lay out the most promising trees, all rows at once and in tiles of rows, until a bound shows that no other can be better or enough
+    were tried."""
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     job = Job.of(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
     task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
-    found: dict[tuple[Path, int | None], tuple[float, float, tuple[Axes, ...]]] = {}  # (cost by the goal, seconds, orders)
     trees = order.search(task, method=search, seed=seed)
-    for path in itertools.islice(trees, _LAID_OUT):
-        bound = order.bound(path, task)
-        if found and bound >= min(found.values())[0] * (1 + 1e-9 * (goal == "flops")):
-            continue
-        layout = choose(path, job)
-        trees.learn(path, layout.excess)
-        found[path, None] = (bound if goal == "flops" else layout.seconds, layout.seconds, layout.orders)
-    for (path, _), (cost, _, orders) in sorted(found.items(), key=_second)[: 1 if goal == "flops" else _TILED]:
-        for number, tile in enumerate(_tiles(path, orders, size, table)):
-            tiled = job.tiled(ROWS, tile)
-            seconds, orders = choose(path, tiled)[:2] if number == 0 else (price(path, orders, tiled), orders)
-            seconds += sum(_streaming(leaves, output, job.task.grads, size, table))
-            found[path, tile] = (cost if goal == "flops" else seconds, seconds, orders)
-    (path, tile), (_, _, orders) = min(found.items(), key=_second)
-    others = sorted((seconds, other, rows or 0) for (other, rows), (_, seconds, _) in found.items() if (other, rows) != (path, tile))
-    floor = min(order.bound(path, job.task) for path, rows in found if rows is None)
+    found = {(cost, seconds, path, None): orders for cost, seconds, path, orders in _lay_out(trees, job, goal, _LAID_OUT)}
+    tiles = [tile for tile in _TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output else []
+    if tiles:
+        streaming = sum(_streaming(leaves, output, job.task.grads, size, table))
+        first = job.tiled(tiles[0])
+        again = trees.of(dataclasses.replace(first.task, weigh=task.weigh))
+        made = sorted(entry for entry in _lay_out(again, first, goal, _TILED) if any(ROWS in order for order in entry[3][len(leaves) : -1]))
+        for cost, _, path, orders in made[:_TILED_BEST]:
+            for tile in tiles:
+                seconds = price(path, orders, job.tiled(tile)) + streaming
+                found[cost if goal == "flops" else seconds, seconds, path, tile] = orders
+    best = min(found, key=_first_two)
+    _, _, path, tile = best
+    others = sorted((seconds, other, rows or 0) for _, seconds, other, rows in found if (other, rows) != (path, tile))
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others[:_SHOWN])
-    return Plan(network, sizes, grad, goal, search, path, orders, tile, table, floor, shown)
+    return Plan(network, sizes, grad, goal, search, path, found[best], tile, table, trees.least if goal == "time" else 0.0, shown)
 
 
-def _second(entry: tuple[Any, Any]) -> Any:
-    return entry[1]
+def _lay_out(trees: order.Trees, job: Job, goal: str, most: int) -> Iterator[tuple[float, float, Path, tuple[Axes, ...]]]:
+    """(cost by the goal, seconds, tree, orders) of trees that can be the best, at most so many."""
+    best = math.inf
+    for path in itertools.islice(trees, most):
+        least = order.bound(path, trees.task)
+        if least < best * (1 + 1e-9):
+            seconds, orders, excess = choose(path, job)
+            trees.learn(path, excess)
+            cost = least if goal == "flops" else seconds
+            best = min(best, cost)
+            yield cost, seconds, path, orders
 
 
-def _tiles(path: Path, orders: tuple[Axes, ...], size: Mapping[str, int], table: Machine) -> list[int]:
-    """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
-    inner = any(ROWS in made for made in orders[len(path) + 1 : -1])
-    if not table.tiles or not inner or ROWS not in orders[-1]:
-        return []
-    return [tile for tile in _TILES if 2 * tile <= size[ROWS]]
+def _first_two(entry: tuple[float, float, Path, int | None]) -> tuple[float, float]:
+    return entry[:2]
 
 
 def _streaming(leaves: Iterable[Axes], output: Axes, grads: Iterable[bool], size: Mapping[str, int], table: Machine) -> tuple[float, float]:

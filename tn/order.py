@@ -9,6 +9,7 @@ cotengra's greedy sampler is scored by the same bound, and the best of its trees
 """
 
 import functools
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,10 +78,10 @@ def flops(h: Array, m: Array, n: Array, k: Array) -> Array:
 class Trees:
     """Trees worth laying out, one after the other, while layouts teach what the rest may cost.
 
-    Iterating gives the tree of the least cost that was not given yet, by its bound and by what was learnt: after `learn`, every tree in
-    which the same two subtrees meet is charged for their step what its layout cost beyond the bound. It ends when the tree of the least
-    cost is one that was given before. The trees that other planners would take come last, so that no plan is slower for not knowing
-    them: the fewest FLOPs as opt_einsum's "dp", and FLOPs traded against elements written as cotengra's "auto".
+    Iterating gives first the tree of the least bound and the trees that other planners would take, so that no plan is slower for not
+    knowing them: the fewest FLOPs as opt_einsum's "dp", and FLOPs traded against elements written as cotengra's "auto". Then come all
+    others, each time the one of the least cost: its bound and what was learnt. After `learn`, every tree in which the same two sets of
+    operands meet is charged for their step what its layout cost beyond the bound.
 
     Attributes:
         task: what is searched. least: the smallest bound of all trees (up to eight operands), else of those found.
@@ -88,23 +89,23 @@ class Trees:
 
     def __init__(self, task: Task, pool: "_Subsets | _Found", familiar: Sequence[Path] = ()) -> None:
         self.task, self._pool, self._familiar = task, pool, familiar
-        self.least, _ = pool.best({})
+        self.least, self._first = next(pool.ranked({}))
         self._learnt: dict[tuple[int, int], float] = {}
 
-    def of(self, task: Task) -> "Trees":
+    def of(self, task: Task, familiar: Sequence[Path]) -> "Trees":
         """The same trees, compared for another task with the same operands."""
-        return Trees(task, self._pool.of(task))
+        return Trees(task, self._pool.of(task), familiar)
 
     def learn(self, path: Path, excess: Sequence[float]) -> None:
         """Charge for the steps of a tree what each of them cost beyond its bound."""
         self._learnt.update(zip(_joined(path, len(self.task.inputs)), excess, strict=True))
 
     def __iter__(self) -> Iterator[Path]:
-        given: set[Path] = set()
-        while (path := self._pool.best(self._learnt)[1]) not in given:
+        given = {self._first, *self._familiar}
+        yield from dict.fromkeys((self._first, *self._familiar))
+        while (path := next((path for _, path in self._pool.ranked(self._learnt) if path not in given), None)) is not None:
             given.add(path)
             yield path
-        yield from (path for path in dict.fromkeys(self._familiar) if path not in given)
 
 
 def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
@@ -127,11 +128,11 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
         return Trees(task, _Found(task, [tuple((ids[i], i + 1) for i in range(count - 1))]))
     if method == "cotengra":
         found = _Found(task, _cotengra_paths(task, seed))
-        return Trees(task, found, [path for _, path, _ in found.trees])
+        return Trees(task, found)
     plain = replace(task, grads=(False,) * count)
     if count <= _EXACT:
         subsets = _Subsets(task)
-        others = [subsets.of(replace(plain, weigh=weigh)).best({})[1] for weigh in (flops, _combo)] if count > 3 else []
+        others = [subsets.of(replace(plain, weigh=weigh)).best() for weigh in (flops, _combo)] if count > 3 else []
         return Trees(task, subsets, others)
     found = _Found(task, _cotengra_paths(task, seed))
     improved = [_improve(path, task) for _, path, _ in found.trees[:_IMPROVED]]
@@ -150,9 +151,9 @@ class _Found:
         """The same trees for another task."""
         return _Found(task, [path for _, path, _ in self.trees])
 
-    def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
-        """The cheapest with what was learnt, and its cost."""
-        return min((least + sum([learnt.get(both, 0.0) for both in joined]), path) for least, path, joined in self.trees)
+    def ranked(self, learnt: Mapping[tuple[int, int], float]) -> Iterator[tuple[float, Path]]:
+        """The trees with their costs including what was learnt, the cheapest first."""
+        yield from sorted((least + sum([learnt.get(both, 0.0) for both in joined]), path) for least, path, joined in self.trees)
 
 
 def _familiar(task: Task) -> list[Path]:
@@ -256,26 +257,74 @@ class _Subsets:
         """The same trees for another task."""
         return _Subsets(task)
 
-    def best(self, learnt: Mapping[tuple[int, int], float]) -> tuple[float, Path]:
-        """The cheapest tree with what was learnt, and its cost."""
+    def best(self) -> Path:
+        """The cheapest tree."""
+        return next(self.ranked({}))[1]
+
+    def ranked(self, learnt: Mapping[tuple[int, int], float]) -> Iterator[tuple[float, Path]]:
+        """The trees with their costs including what was learnt, the cheapest first."""
         costs = self.costs
         if learnt:
             costs = [*costs]
             for both, more in learnt.items():
                 costs[_places(self.count)[both]] += more
-        least, parts = [math.inf] * (1 << self.count), [0] * (1 << self.count)
-        for place in range(self.count):
-            least[1 << place] = 0.0
-        for (subset, part, other), cost in zip(_splits(self.count), costs, strict=True):
-            cost += least[part] + least[other]
-            if cost < least[subset]:
-                least[subset], parts[subset] = cost, part
+        return iter(_Ranking(self.count, costs))
 
-        def nested(subset: int) -> object:
-            part = parts[subset]
-            return (nested(part), nested(subset ^ part)) if part else subset.bit_length() - 1
 
-        return least[-1], _to_path(nested((1 << self.count) - 1), self.count)
+class _Ranking:
+    """The trees over every subset of the operands, the cheapest first, made as far as they are asked for.
+
+    A tree over a subset is the i-th best tree of one part and the j-th best of the other; the candidates for the next best are kept in a
+    heap (Huang and Chiang 2005, "Better k-best parsing").
+    """
+
+    def __init__(self, count: int, costs: Sequence[float]) -> None:
+        self.count = count
+        leaf = (0.0, 0, 0, 0, 0, 0.0)
+        self.found: list[list[tuple]] = [[leaf] if subset.bit_count() == 1 else [] for subset in range(1 << count)]
+        self.heaps: list[list[tuple] | None] = [None if subset.bit_count() == 1 else [] for subset in range(1 << count)]
+        least = [0.0 if found else math.inf for found in self.found]
+        for (subset, part, other), cost in zip(_splits(count), costs, strict=True):
+            total = least[part] + least[other] + cost
+            self.heaps[subset].append((total, part, 0, other, 0, cost))  # type: ignore[union-attr]
+            if total < least[subset]:
+                least[subset] = total
+
+    def __iter__(self) -> Iterator[tuple[float, Path]]:
+        every = (1 << self.count) - 1
+        for rank in itertools.count():
+            best = self._get(every, rank)
+            if best is None:
+                return
+            yield best[0], _to_path(self._nested(every, rank), self.count)
+
+    def _get(self, subset: int, rank: int) -> tuple | None:
+        """(cost, part, its rank, other part, its rank, cost of the last step) of a tree over a subset, None if there are fewer."""
+        found, heap = self.found[subset], self.heaps[subset]
+        while len(found) <= rank and heap is not None:
+            if found:
+                self._expand(found[-1], heap)
+            else:
+                heapq.heapify(heap)
+            if heap:
+                found.append(heapq.heappop(heap))
+            else:
+                heap = self.heaps[subset] = None
+        return found[rank] if rank < len(found) else None
+
+    def _expand(self, tree: tuple, heap: list[tuple]) -> None:
+        """Add the candidates that may follow a tree."""
+        _, part, i, other, j, step = tree
+        for i_next, j_next in ((i + 1, j), (i, j + 1)) if i == 0 else ((i + 1, j),):
+            first, second = self._get(part, i_next), self._get(other, j_next)
+            if first and second:
+                heapq.heappush(heap, (first[0] + second[0] + step, part, i_next, other, j_next, step))
+
+    def _nested(self, subset: int, rank: int) -> object:
+        best = self._get(subset, rank)
+        assert best
+        _, part, i, other, j, _ = best
+        return (self._nested(part, i), self._nested(other, j)) if part else subset.bit_length() - 1
 
 
 @functools.cache
@@ -349,7 +398,7 @@ def _improve(path: Path, task: Task) -> Path:
             parts += children[widest]
         terms, needed = tuple([axes[part] for part in parts]), tuple([needs[part] for part in parts])
         inner = replace(task, inputs=terms, output=out, grads=needed)
-        _, best = _Subsets(inner).best({})
+        best = _Subsets(inner).best()
         for first, second, made in steps_of(best, terms, out):
             parts.append(add(parts[first], parts[second], made))
         values.append(parts[-1])

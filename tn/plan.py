@@ -297,7 +297,7 @@ def _plan(
     if tiles:
         streaming = sum(_streaming(leaves, output, job.task.grads, size, table))
         first = job.tiled(tiles[0])
-        again = trees.of(dataclasses.replace(first.task, weigh=task.weigh))
+        again = trees.of(dataclasses.replace(first.task, weigh=task.weigh), [min(found, key=_first_two)[2]])
         made = sorted(entry for entry in _lay_out(again, first, goal, _TILED) if any(ROWS in order for order in entry[3][len(leaves) : -1]))
         for cost, _, path, orders in made[:_TILED_BEST]:
             for tile in tiles:

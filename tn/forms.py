@@ -101,8 +101,7 @@ def forms(left: str, right: str, out: str, tape: bool, whole: bool) -> tuple[For
     found = [form for parts, copies in copied.items() if sum(copies) == least for form in _whole(left, right, out, *parts, *copies)]
     perfect = not least and any(form.out == "native" for form in found)
     if not (perfect or whole or choices[0] != [""]):
-        for parts in itertools.product(*choices[1:]):
-            found += _partial(left, right, out, *parts, tape)
+        found += _partial(left, right, out, choices[1:], tape)
     kept: dict[tuple, Form] = {}
     for form in sorted(found, key=_views):
         batch = form.batch if form.batch_on != "all" else ""
@@ -141,20 +140,23 @@ def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str,
         yield Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
 
 
-def _partial(left: str, right: str, out: str, rows: str, columns: str, summed: str, tape: bool) -> Iterator[Form]:
-    """Copy-free products with some axes of one group as a batch that one of the three tensors does not have."""
-    for group, batch_on, owners, other in (
-        (rows, "left", (left, out), (right, columns, summed)),
-        (columns, "right", (right, out), (left, rows, summed)),
-        (summed, "operands", (left, right), (out, rows, columns)),
-    ):
-        if len(group) < 2 or (tape and batch_on != "operands") or not _viewable(other[0], "", *other[1:]):
+def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], tape: bool) -> Iterator[Form]:
+    """Copy-free products with some atoms of one group as a batch that one of the three tensors does not have. That one must be a matrix
+    as it is, which decides the sequences of the two other groups.
+
+    Args:
+        choices: the sequences that M, N and K have.
+    """
+    own = [["".join([atom for atom in order if atom in group]) for group in (rows[0] for rows in choices)] for order in (left, right, out)]
+    for group, batch_on, owners, other in ((0, "left", (left, out), 1), (1, "right", (right, out), 0), (2, "operands", (left, right), 2)):
+        parts = own[other]
+        if len(choices[group][0]) < 2 or (tape and other != 2):
             continue
-        for batch, rest in _cuts(group, owners):
-            m, n, k = (rest if g == group else g for g in (rows, columns, summed))
-            on_left, on_right, on_out = (
-                batch if batch_on in where else "" for where in (("left", "operands"), ("right", "operands"), ("left", "right"))
-            )
+        if not _viewable((left, right, out)[other], "", *(part for place, part in enumerate(parts) if place != group)):
+            continue
+        for batch, rest in (cut for sequence in choices[group] for cut in _cuts(sequence, owners)):
+            m, n, k = (rest if place == group else part for place, part in enumerate(parts))
+            on_left, on_right, on_out = (batch if other != place else "" for place in range(3))
             if not (_viewable(left, on_left, m, k) and _viewable(right, on_right, n, k)):
                 continue
             for swap, placed in _placements(out, on_out, m, n):

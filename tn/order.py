@@ -59,13 +59,13 @@ class Task:
         again = rows and not last and self.tiles > 1 and any(self.grads)
         return often * (1 + again), often * left_needs, often * right_needs
 
-    def turns(self, extents: Sequence[Extents]) -> Array:
+    def turns(self, extents: Sequence[Extents] | Array) -> Array:
         """Costs of contractions, of the gradients of their left and of those of their right operands (three lines): contractions of the
         same extents in other roles."""
         h, m, n, k = np.array(extents, float).reshape(-1, 4).T
         return self.weigh(np.tile(h, 3), np.r_[m, m, k], np.r_[n, k, n], np.r_[k, n, m]).reshape(3, -1)
 
-    def costs(self, extents: Sequence[Extents], weights: Sequence[Weights]) -> list[float]:
+    def costs(self, extents: Sequence[Extents] | Array, weights: Sequence[Weights] | Array) -> list[float]:
         """Costs of steps with the gradients of their operands, each turn as often as its weight says."""
         return (self.turns(extents).T * np.array(weights).reshape(-1, 3)).sum(axis=1).tolist()
 
@@ -226,16 +226,10 @@ class _Subsets:
     Subsets of operands and sets of axes are bit masks.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, like: "_Subsets | None" = None) -> None:
         self.count = count = len(task.inputs)
-        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
-        every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
-        for subset in range(1, every + 1):
-            low = subset & -subset
-            inside[subset] = inside[subset ^ low] | sum([bits[axis] for axis in task.inputs[low.bit_length() - 1]])
-        kept = sum([bits[axis] for axis in task.output])
-        axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
-        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in bits.items()}
+        self.bits, self.masks, self.groups, self.rows = (like.bits, like.masks, like.groups, like.rows) if like else self._structure(task)
+        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in self.bits.items()}
 
         def product(mask: int) -> int:
             found = volumes.get(mask)
@@ -244,18 +238,35 @@ class _Subsets:
                 found = volumes[mask] = volumes[low] * product(mask ^ low)
             return found
 
-        extents, weights, rows = [], [], bits.get(ROWS, 0)
-        needs = [any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << count)]
+        needs = np.array([any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << count)])
+        subset, part, other = np.array(_splits(count)).T
+        kinds = np.array([task.weights(*kind) for kind in itertools.product((False, True), repeat=4)])
+        weights = kinds[8 * self.rows + 4 * (subset == subset[-1]) + 2 * needs[part] + needs[other]]
+        self.costs = task.costs(np.array([float(product(mask)) for mask in self.masks])[self.groups], weights)
+
+    @staticmethod
+    def _structure(task: Task) -> tuple[dict[str, int], list[int], Array, Array]:
+        """(axis → bit, sets of axes, which of them are H, M, N and K of every split, whether it has rows)."""
+        count = len(task.inputs)
+        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
+        every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
+        for subset in range(1, every + 1):
+            low = subset & -subset
+            inside[subset] = inside[subset ^ low] | sum([bits[axis] for axis in task.inputs[low.bit_length() - 1]])
+        kept = sum([bits[axis] for axis in task.output])
+        axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
+        number: dict[int, int] = {}
+        groups, rows, rows_bit = [], [], bits.get(ROWS, 0)
         for subset, part, other in _splits(count):
             a, b, out = axes[part], axes[other], axes[subset]
             both = a & b
-            extents.append((product(both & out), product(a & ~b), product(b & ~a), product(both & ~out)))
-            weights.append(task.weights(bool((a | b) & rows), subset == every, needs[part], needs[other]))
-        self.costs = task.costs(extents, weights)
+            groups.append([number.setdefault(mask, len(number)) for mask in (both & out, a & ~b, b & ~a, both & ~out)])
+            rows.append((a | b) & rows_bit != 0)
+        return bits, [*number], np.array(groups), np.array(rows)
 
     def of(self, task: Task) -> "_Subsets":
         """The same trees for another task."""
-        return _Subsets(task)
+        return _Subsets(task, self)
 
     def best(self) -> Path:
         """The cheapest tree."""

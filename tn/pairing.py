@@ -209,12 +209,13 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
     sizes = [_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n]
     far = [np.maximum(size - machine.near, 0) / machine.far for size in sizes]
     fresh = np.where(sizes[2] >= machine.paged, sizes[2] / machine.fresh, 0.0)
-    part_m, part_n = (np.where(h > 1, extent, np.minimum(extent, _PART)) for extent in (m, n))
-    rows, columns, summed = np.r_[m, n, part_m, n, m, part_n], np.r_[n, m, n, part_m, part_n, m], np.tile(k, 6)
-    mm, item = (t.reshape(6, -1) for t in machine.fastest(rows, columns, summed))
-    parts = np.minimum(np.minimum(item[2], item[3]) * (m / part_m), np.minimum(item[4], item[5]) * (n / part_n))
-    one = np.minimum(mm[0], mm[1])
-    product = np.where((h > 1) | (parts < one), np.minimum(h * one, machine.call + h * parts), h * one)
+    mm, item = (np.minimum(*np.split(t, 2)) for t in machine.fastest(np.r_[m, n], np.r_[n, m], np.r_[k, k]))
+    product = np.where(h > 1, np.minimum(h * mm, machine.call + h * item), mm)
+    wide = np.flatnonzero((h == 1) & (np.maximum(m, n) > _PART))
+    for whole, other in ((m[wide], n[wide]), (n[wide], m[wide])):
+        part = np.minimum(whole, _PART)
+        _, item = machine.fastest(np.r_[part, other], np.r_[other, part], np.r_[k[wide], k[wide]])
+        product[wide] = np.minimum(product[wide], machine.call + np.minimum(*np.split(item, 2)) * (whole / part))
     elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
     product = np.where((m == 1) & (n == 1), np.minimum(product, elementwise), product) + 2 * machine.view + far[0] + far[1] + far[2]
     multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])

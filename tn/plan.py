@@ -24,9 +24,8 @@ from tn.spec import ROWS
 FORMAT = 2  # of the JSON
 GOALS = ("time", "flops")
 _TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
-_LAID_OUT = 8  # trees of the least bound that get layouts
+_LAID_OUT = (8, 6, 4, 3)  # trees that get layouts: up to five operands, of six, of seven, of more
 _SHOWN = 3  # plans not chosen that a plan remembers
-_TILED = 4  # the same in tiles of rows
 _TILED_BEST = 2  # the fastest of those that are tried with several tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
 SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
@@ -291,14 +290,14 @@ def _plan(
     size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
     job = Job.of(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
     task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
-    trees = order.search(task, method=search, seed=seed)
-    found = {(cost, seconds, path, None): orders for cost, seconds, path, orders in _lay_out(trees, job, goal, _LAID_OUT)}
+    trees, most = order.search(task, method=search, seed=seed), _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
+    found = {(cost, seconds, path, None): orders for cost, seconds, path, orders in _lay_out(trees, job, goal, most)}
     tiles = [tile for tile in _TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output else []
     if tiles:
         streaming = sum(_streaming(leaves, output, job.task.grads, size, table))
         first = job.tiled(tiles[0])
         again = trees.of(dataclasses.replace(first.task, weigh=task.weigh), [min(found, key=_first_two)[2]])
-        made = sorted(entry for entry in _lay_out(again, first, goal, _TILED) if any(ROWS in order for order in entry[3][len(leaves) : -1]))
+        made = sorted(entry for entry in _lay_out(again, first, goal, (most + 1) // 2) if any(ROWS in order for order in entry[3][len(leaves) : -1]))
         for cost, _, path, orders in made[:_TILED_BEST]:
             for tile in tiles:
                 seconds = price(path, orders, job.tiled(tile)) + streaming

@@ -147,12 +147,12 @@ def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], 
     Args:
         choices: the sequences that M, N and K have.
     """
-    own = [["".join([atom for atom in order if atom in group]) for group in (rows[0] for rows in choices)] for order in (left, right, out)]
     for group, batch_on, owners, other in ((0, "left", (left, out), 1), (1, "right", (right, out), 0), (2, "operands", (left, right), 2)):
-        parts = own[other]
         if len(choices[group][0]) < 2 or (tape and other != 2):
             continue
-        if not _viewable((left, right, out)[other], "", *(part for place, part in enumerate(parts) if place != group)):
+        matrix = (left, right, out)[other]
+        parts = ["".join([atom for atom in matrix if atom in sequences[0]]) for sequences in choices]
+        if not (parts[0] in matrix and parts[1] in matrix and parts[2] in matrix):
             continue
         for batch, rest in (cut for sequence in choices[group] for cut in _cuts(sequence, owners)):
             m, n, k = (rest if place == group else part for place, part in enumerate(parts))

@@ -63,7 +63,7 @@ class Task:
         """Costs of contractions, of the gradients of their left and of those of their right operands (three lines): contractions of the
         same extents in other roles."""
         h, m, n, k = np.array(extents, float).reshape(-1, 4).T
-        return self.weigh(np.tile(h, 3), np.r_[m, m, k], np.r_[n, k, n], np.r_[k, n, m]).reshape(3, -1)
+        return self.weigh(*(np.concatenate(roles) for roles in ((h, h, h), (m, m, k), (n, k, n), (k, n, m)))).reshape(3, -1)
 
     def costs(self, extents: Sequence[Extents] | Array, weights: Sequence[Weights] | Array) -> list[float]:
         """Costs of steps with the gradients of their operands, each turn as often as its weight says."""
@@ -270,7 +270,18 @@ class _Subsets:
 
     def best(self) -> Path:
         """The cheapest tree."""
-        return next(self.ranked({}))[1]
+        least, parts = [math.inf] * (1 << self.count), [0] * (1 << self.count)
+        for place in range(self.count):
+            least[1 << place] = 0.0
+        for (subset, part, other), cost in zip(_splits(self.count), self.costs, strict=True):
+            total = least[part] + least[other] + cost
+            if total < least[subset]:
+                least[subset], parts[subset] = total, part
+
+        def nested(subset: int) -> object:
+            return (nested(parts[subset]), nested(subset ^ parts[subset])) if parts[subset] else subset.bit_length() - 1
+
+        return _to_path(nested((1 << self.count) - 1), self.count)
 
     def ranked(self, learnt: Mapping[tuple[int, int], float]) -> Iterator[tuple[float, Path]]:
         """The trees with their costs including what was learnt, the cheapest first."""
@@ -378,14 +389,16 @@ def _cotengra_paths(task: Task, seed: int) -> list[Path]:
         return [_optimal(task, minimize) for minimize in ("flops", "write", "combo")]
     found: list[Path] = []
 
-    def score(trial: Mapping[str, Any]) -> float:
+    def score(trial: dict[str, Any]) -> float:
+        trial.update(trial["tree"].contract_stats())  # cotengra keeps a record of them
         path = tuple(trial["tree"].get_ssa_path())
         found.append(path)
-        return math.log2(1 + bound(path, task))
+        return bound(path, task)
 
     options = dict(methods=["greedy"], optlib="random", parallel=False, max_repeats=_SAMPLES, seed=seed, progbar=False)
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
-    cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=cotengra.HyperOptimizer(minimize=score, **options))
+    optimizer = cotengra.HyperOptimizer(minimize=score, reconf_opts=None, slicing_reconf_opts=None, **options)
+    cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=optimizer)
     return found
 
 

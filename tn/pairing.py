@@ -209,14 +209,21 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
     sizes = [_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n]
     far = [np.maximum(size - machine.near, 0) / machine.far for size in sizes]
     fresh = np.where(sizes[2] >= machine.paged, sizes[2] / machine.fresh, 0.0)
-    mm, item = (np.minimum(*np.split(t, 2)) for t in machine.fastest(np.r_[m, n], np.r_[n, m], np.r_[k, k]))
+    mm, item = _either(m, n, k, machine)
     product = np.where(h > 1, np.minimum(h * mm, machine.call + h * item), mm)
     wide = np.flatnonzero((h == 1) & (np.maximum(m, n) > _PART))
-    for whole, other in ((m[wide], n[wide]), (n[wide], m[wide])):
+    for whole, other in ((m[wide], n[wide]), (n[wide], m[wide])) if len(wide) else ():
         part = np.minimum(whole, _PART)
-        _, item = machine.fastest(np.r_[part, other], np.r_[other, part], np.r_[k[wide], k[wide]])
-        product[wide] = np.minimum(product[wide], machine.call + np.minimum(*np.split(item, 2)) * (whole / part))
+        _, item = _either(part, other, k[wide], machine)
+        product[wide] = np.minimum(product[wide], machine.call + item * (whole / part))
     elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
     product = np.where((m == 1) & (n == 1), np.minimum(product, elementwise), product) + 2 * machine.view + far[0] + far[1] + far[2]
     multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])
     return fresh + np.where(k == 1, multiply + far[2], product)
+
+
+def _either(m: Array, n: Array, k: Array, machine: Machine) -> tuple[Array, Array]:
+    """`Machine.fastest` of products taken in either direction."""
+    both = machine.fastest(*(np.concatenate(pair) for pair in ((m, n), (n, m), (k, k))))
+    mm, item = (np.minimum(t[: len(m)], t[len(m) :]) for t in both)
+    return mm, item

@@ -32,7 +32,8 @@ SEARCHES = ("auto", "cotengra", "left_to_right")
 _EXACT = 8  # operands up to which all subsets are searched: 3,025 ways to split them
 _REGION = 6  # subtrees that a piece of a larger tree is cut into, to be put together again in the best way
 _SAMPLES = 64  # trees that cotengra's sampler draws
-_IMPROVED = 3  # of them that are improved
+_OWN_SAMPLES = 8  # the same under its own objectives
+_IMPROVED = 4  # of them that are improved
 _DP = 10  # operands up to which opt_einsum and cotengra search exactly
 
 
@@ -395,10 +396,13 @@ def _cotengra_paths(task: Task, seed: int) -> list[Path]:
         found.append(path)
         return bound(path, task)
 
-    options = dict(methods=["greedy"], optlib="random", parallel=False, max_repeats=_SAMPLES, seed=seed, progbar=False)
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
-    optimizer = cotengra.HyperOptimizer(minimize=score, reconf_opts=None, slicing_reconf_opts=None, **options)
-    cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=optimizer)
+    fixed = dict(methods=["greedy"], optlib="random", parallel=False, seed=seed, progbar=False)
+    plain = cotengra.HyperOptimizer(minimize=score, max_repeats=_SAMPLES, reconf_opts=None, slicing_reconf_opts=None, **fixed)
+    cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=plain)
+    for minimize in ("flops", "combo"):  # which it improves itself
+        own = cotengra.HyperOptimizer(minimize=minimize, max_repeats=_OWN_SAMPLES, **fixed)
+        found.append(tuple(cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=own).get_ssa_path()))
     return found
 
 

@@ -5,7 +5,7 @@ A tree is a path: a sequence of pairs in SSA form, operands numbered first, ever
 what a tree really costs, and correct the bounds of others (`Trees`).
 
 Up to eight operands the tree of the least bound is found among all trees, by dynamic programming over the subsets of the operands. Beyond,
-cotengra's greedy sampler is scored by the same bound, and the best of its trees are improved piece by piece by that exact search.
+cotengra's greedy search is sampled, the trees compared by the same bound, and the best of them improved piece by piece by that exact search.
 """
 
 import functools
@@ -32,7 +32,7 @@ SEARCHES = ("auto", "cotengra", "left_to_right")
 _EXACT = 8  # operands up to which all subsets are searched: 3,025 ways to split them
 _REGION = 6  # subtrees that a piece of a larger tree is cut into, to be put together again in the best way
 _SAMPLES = 64  # trees that cotengra's sampler draws
-_OWN_SAMPLES = 8  # the same under its own objectives
+_OWN_SAMPLES = 16  # of them from which cotengra improves the best under its own objectives
 _IMPROVED = 4  # of them that are improved
 _DP = 10  # operands up to which opt_einsum and cotengra search exactly
 
@@ -383,26 +383,18 @@ def _optimal(task: Task, minimize: str) -> Path:
 
 
 def _cotengra_paths(task: Task, seed: int) -> list[Path]:
-    """cotengra's trees: the exact ones of few operands under its own objectives, otherwise a seeded sample scored by our bound."""
-    import cotengra  # late: keeps `import tn` light
+    """cotengra's trees: the exact ones of few operands under its own objectives, otherwise a sample of its greedy search, the best of it
+    improved by cotengra too. (Its HyperOptimizer would draw the same parameters, but its trials are not seeded: no run would repeat.)"""
+    from cotengra.pathfinders.path_basic import optimize_random_greedy_track_flops  # late: keeps `import tn` light
 
     if len(task.inputs) <= _DP:
         return [_optimal(task, minimize) for minimize in ("flops", "write", "combo")]
-    found: list[Path] = []
-
-    def score(trial: dict[str, Any]) -> float:
-        trial.update(trial["tree"].contract_stats())  # cotengra keeps a record of them
-        path = tuple(trial["tree"].get_ssa_path())
-        found.append(path)
-        return bound(path, task)
-
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
-    fixed = dict(methods=["greedy"], optlib="random", parallel=False, seed=seed, progbar=False)
-    plain = cotengra.HyperOptimizer(minimize=score, max_repeats=_SAMPLES, reconf_opts=None, slicing_reconf_opts=None, **fixed)
-    cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=plain)
-    for minimize in ("flops", "combo"):  # which it improves itself
-        own = cotengra.HyperOptimizer(minimize=minimize, max_repeats=_OWN_SAMPLES, **fixed)
-        found.append(tuple(cotengra.array_contract_tree(task.inputs, task.output, sizes, optimize=own).get_ssa_path()))
+    draws = [optimize_random_greedy_track_flops(task.inputs, task.output, sizes, use_ssa=True, seed=seed + i) for i in range(_SAMPLES)]
+    found: list[Path] = [tuple(map(tuple, path)) for path, _ in draws]
+    for minimize in ("flops", "combo"):
+        best = min((tree(path, task.inputs, task.output, sizes) for path in found[:_OWN_SAMPLES]), key=lambda t: t.get_score(minimize))
+        found.append(tuple(best.subtree_reconfigure(minimize=minimize, seed=seed).get_ssa_path()))
     return found
 
 

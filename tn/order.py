@@ -123,13 +123,12 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
     if method not in SEARCHES:
         raise PlanError(unknown("search", method, SEARCHES))
     if count == 1:
-        return Trees(task, _Found(task, [()]))
+        return given(task, [()])
     if method == "left_to_right":
         ids = [0, *range(count, 2 * count - 2)]
-        return Trees(task, _Found(task, [tuple((ids[i], i + 1) for i in range(count - 1))]))
+        return given(task, [tuple((ids[i], i + 1) for i in range(count - 1))])
     if method == "cotengra":
-        found = _Found(task, _cotengra_paths(task, seed))
-        return Trees(task, found)
+        return given(task, _cotengra_paths(task, seed))
     plain = replace(task, grads=(False,) * count)
     if count <= _EXACT:
         subsets = _Subsets(task)
@@ -138,6 +137,11 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
     found = _Found(task, _cotengra_paths(task, seed))
     improved = [_improve(path, task) for _, path, _ in found.trees[:_IMPROVED]]
     return Trees(task, _Found(task, [path for _, path, _ in found.trees] + improved), _familiar(plain))
+
+
+def given(task: Task, paths: Sequence[Path]) -> Trees:
+    """Trees that were found elsewhere."""
+    return Trees(task, _Found(task, paths))
 
 
 class _Found:

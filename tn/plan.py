@@ -285,19 +285,37 @@ def plan(
 def _plan(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
+    job = _job(network, sizes, grad, table)
+    task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
+    return best_of(order.search(task, method=search, seed=seed), network, sizes, grad, goal, search, table)
+
+
+def along(network: Network, path: Path, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], table: Machine) -> Plan:
+    """The plan of a tree that somebody else found: layouts and tiles are chosen as ever."""
+    task = _job(network, sizes, grad, table).task
+    return best_of(order.given(task, [path]), network, sizes, grad, "time", "given", table)
+
+
+def _job(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], table: Machine) -> Job:
+    needs = tuple(term.name in grad for term in network.spec.operands)
+    return Job.of(leaf_axes(network), network.output.axes, dict(sizes), needs, table)
+
+
+def best_of(
+    trees: order.Trees, network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine
+) -> Plan:
     """Lay out the most promising trees, all rows at once and in tiles of rows, until a bound shows that no other can be better or enough
     were tried."""
-    size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
-    job = Job.of(leaves, output, size, tuple(term.name in grad for term in network.spec.operands), table)
-    task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
-    trees, most = order.search(task, method=search, seed=seed), _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
+    job, size = _job(network, sizes, grad, table), dict(sizes)
+    leaves, output = job.task.inputs, job.task.output
+    most = _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
     found = {(cost, seconds, path, None): orders for cost, seconds, path, orders in _lay_out(trees, job, goal, most)}
     tiles = [tile for tile in _TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output else []
     if tiles:
         streaming = sum(_streaming(leaves, output, job.task.grads, size, table))
         first = job.tiled(tiles[0])
-        again = trees.of(dataclasses.replace(first.task, weigh=task.weigh), [min(found, key=_first_two)[2]])
-        made = sorted(entry for entry in _lay_out(again, first, goal, (most + 1) // 2) if any(ROWS in order for order in entry[3][len(leaves) : -1]))
+        again = trees.of(dataclasses.replace(first.task, weigh=trees.task.weigh), [min(found, key=_first_two)[2]])
+        made = sorted(entry for entry in _lay_out(again, first, goal, (most + 1) // 2) if any(ROWS in t for t in entry[3][len(leaves) : -1]))
         for cost, _, path, orders in made[:_TILED_BEST]:
             for tile in tiles:
                 seconds = price(path, orders, job.tiled(tile)) + streaming

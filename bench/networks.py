@@ -51,7 +51,7 @@ def _draw(rng: random.Random, number: int) -> RandomLayer:
     cores: list[list[str]] = [[] for _ in range(rng.randint(2, 5))]
     edges = [(i, rng.randrange(i)) for i in range(1, len(cores))]
     if rng.random() < 0.2:
-        edges.append(tuple(rng.sample(range(len(cores)), 2)))  # type: ignore[arg-type]
+        edges.append(tuple(rng.sample(range(len(cores)), 2)))
     for name, edge in enumerate(edges):
         for core in edge:
             cores[core].append(f"r{name}")
@@ -65,8 +65,7 @@ def _draw(rng: random.Random, number: int) -> RandomLayer:
         rng.choice(cores).append("t")
     for axes in cores:
         rng.shuffle(axes)
-    axes = dict.fromkeys(axis for axes in ([*batch, *ins, *outs], *cores) for axis in axes)
-    sizes = {axis: _extent(rng) for axis in axes}
+    sizes = {axis: _extent(rng) for axis in dict.fromkeys(axis for axes in ([*batch, *ins, *outs], *cores) for axis in axes)}
     names = [f"w{i}" for i in range(len(cores))]
     terms = ", ".join(f"{name}: {' '.join(axes)}" for name, axes in zip(names, cores, strict=True))
     spec = f"x: ... ({' '.join([*batch, *ins])}), {terms} -> ... ({' '.join([*batch, *outs])})"

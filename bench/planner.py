@@ -98,24 +98,26 @@ def regret_rows(name: str, network: tn.Network, rows: int, what: str, table: Mac
     plans = {path: along(network, path, plan.sizes, plan.grad, table) for path in order.search(task)}
     operands = _operands(network, rows)
     slowest = 20 * plan.seconds
-    runs = {path: passes(tn.compile(other), operands)[what] for path, other in plans.items() if other.seconds <= slowest}
-    runs[plan.path] = passes(tn.compile(plan), operands)[what]
+    runs = {str(path): passes(tn.compile(other), operands)[what] for path, other in plans.items() if other.seconds <= slowest}
+    predicted = {str(path): other.seconds for path, other in plans.items()}
+    ours = str(plan.path)
+    runs[ours] = passes(tn.compile(plan), operands)[what]
     times = interleaved(runs, rounds=3, warmup=1, least_seconds=0.002)
     fastest = sorted(times, key=lambda path: times[path].median)[:AGAIN]
-    again = interleaved({path: runs[path] for path in dict.fromkeys((plan.path, *fastest))}, rounds=PAIRS // 2, least_seconds=_LEAST)
+    again = interleaved({path: runs[path] for path in dict.fromkeys((ours, *fastest))}, rounds=PAIRS // 2, least_seconds=_LEAST)
     best = min(again, key=lambda path: again[path].median)
-    trees = [(plans[path].seconds, times[path].median) for path in times]
-    settings = {"trees": trees, "all_trees": len(plans), "predicted": plan.seconds, "regret": again[plan.path].median / again[best].median}
-    low, high = again[plan.path].quartiles
+    trees = [(predicted[path], times[path].median) for path in times]
+    settings = {"trees": trees, "all_trees": len(plans), "predicted": plan.seconds, "regret": again[ours].median / again[best].median}
+    low, high = again[ours].quartiles
     yield Row(
         bench="planner",
         case=name,
         what=f"regret, {what}",
-        seconds=again[plan.path].median,
+        seconds=again[ours].median,
         low=low,
         high=high,
-        samples=len(again[plan.path].samples),
-        ratio=again[best].median / again[plan.path].median,
+        samples=len(again[ours].samples),
+        ratio=again[best].median / again[ours].median,
         peer="the best of all trees",
         settings=settings,
     )
@@ -241,9 +243,11 @@ def summary(rows: list[dict]) -> Iterator[str]:
             values = sorted(row["settings"]["regret"] for row in regrets)
             high = values[math.ceil(0.95 * len(values)) - 1]
             orders = [_spearman(row["settings"]["trees"]) for row in regrets if _spread(row["settings"]["trees"]) >= 2]
-            yield f"regret, {what}: {len(values)} networks, median {statistics.median(values):.3f}, 95th percentile {high:.3f}, most {values[-1]:.3f}"
+            middle = statistics.median(values)
+            yield f"regret, {what}: {len(values)} networks, median {middle:.3f}, 95th percentile {high:.3f}, most {values[-1]:.3f}"
             if orders:
-                yield f"  Spearman over the trees of {len(orders)} networks whose trees differ 2 × or more: median {statistics.median(orders):.2f}"
+                middle = statistics.median(orders)
+                yield f"  Spearman over the trees of {len(orders)} networks whose trees differ 2 × or more: median {middle:.2f}"
     if "step" in of:
         yield f"{len(of['step'])} steps alone, predicted against measured: {_errors(of['step'])}"
 
@@ -263,5 +267,6 @@ def _spearman(trees: list) -> float:
     """Rank correlation of predicted and measured seconds."""
     if len(trees) < 3:
         return 1.0 if sorted(trees) == sorted(trees, key=lambda tree: tree[1]) else -1.0
-    return statistics.correlation([tree[0] for tree in trees], [tree[1] for tree in trees], method="ranked")
-
+    columns = [*zip(*trees, strict=True)]
+    predicted, measured = ([sorted(column).index(value) for value in column] for column in columns)
+    return statistics.correlation(predicted, measured)

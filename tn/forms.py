@@ -98,7 +98,7 @@ def forms(left: str, right: str, out: str, tape: bool, whole: bool) -> tuple[For
         h, m, n, k = parts
         copied[parts] = not _viewable(left, h, m, k), not _viewable(right, h, n, k)
     least = min([sum(copies) for copies in copied.values()])
-    found = [form for parts, copies in copied.items() if sum(copies) == least for form in _whole(left, right, out, *parts, *copies)]
+    found = [form for parts, copies in copied.items() if sum(copies) == least for form in _whole((left, right, out), parts, copies)]
     perfect = not least and any(form.out == "native" for form in found)
     if not (perfect or whole or choices[0] != [""]):
         found += _partial(left, right, out, choices[1:], tape)
@@ -121,8 +121,9 @@ def _sequences(group: str, orders: Sequence[str]) -> list[str]:
     return list(dict.fromkeys("".join([atom for atom in order if atom in group]) for order in orders))
 
 
-def _whole(left: str, right: str, out: str, batch: str, rows: str, columns: str, summed: str, copy_left: bool, copy_right: bool) -> Iterator[Form]:
+def _whole(orders: tuple[str, str, str], parts: tuple[str, ...], copies: tuple[bool, bool]) -> Iterator[Form]:
     """The product with all of H as its batch, written in place or copied there."""
+    (left, right, out), (batch, rows, columns, summed), (copy_left, copy_right) = orders, parts, copies
     scattered_left, scattered_right = _scattered(left, batch), _scattered(right, batch)
     for swap, placed in _placements(out, batch, rows, columns):
         if swap:

@@ -112,7 +112,9 @@ def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: Weights, flo
     extent = {atom: volume(axes, job.task.sizes) for atom, axes in atoms.items()}
     one = any(job.task.sizes[axis] == 1 for axis in orders[0] if axis in next(iter(lefts)) and axis in next(iter(rights)))
     a, b, c = (next(iter(codes.values())) for codes in (left_code, right_code, code))
-    turns = [Prices(*turn, extent, job.machine, whole=one) if weight else None for turn, weight in zip(_turns(a, b, c), weights, strict=True)]
+    turns = [
+        Prices(*turn, extent, job.machine, whole=one) if weight else None for turn, weight in zip(_turns(a, b, c), weights, strict=True)
+    ]
     floors = [weight * floor for weight, floor in zip(weights, floors, strict=True)]
     by_left = sorted((cost, order) for order, (cost, *_) in lefts.items())
     by_right = sorted((cost, order) for order, (cost, *_) in rights.items())
@@ -124,9 +126,9 @@ def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: Weights, flo
             if cost >= best[0]:
                 continue
             codes = _turns(left_code[left], right_code[right], code[order])
-            for weight, turn, roles, floor in zip(weights, turns, codes, floors, strict=True):
+            for weight, turn, parts, floor in zip(weights, turns, codes, floors, strict=True):
                 if turn and cost < best[0]:
-                    cost += weight * turn.seconds(*roles) - floor
+                    cost += weight * turn.seconds(*parts) - floor
             if cost < best[0]:
                 best = (cost, left, right)
         found[order] = best

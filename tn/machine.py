@@ -71,7 +71,7 @@ class Machine:
 
     def fastest(self, m: Array, n: Array, k: Array) -> tuple[Array, Array]:
         """Seconds of many products, and of items of batches, whose operands lie in memory in the best way: no `product` is faster."""
-        at, shares, beyond = np.zeros((1, len(m)), int), np.ones((1, len(m))), 1.0
+        at, shares, beyond = np.zeros((1, len(m)), int), np.ones((1, len(m))), np.ones(len(m))
         for extents, marks in zip((m, n, k), EXTENTS, strict=True):
             places = np.interp(np.log(np.maximum(extents, 1)), np.log(marks), np.arange(len(marks)))
             low = np.minimum(places.astype(int), len(marks) - 2)

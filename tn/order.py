@@ -5,7 +5,8 @@ A tree is a path: a sequence of pairs in SSA form, operands numbered first, ever
 what a tree really costs, and correct the bounds of others (`Trees`).
 
 Up to eight operands the tree of the least bound is found among all trees, by dynamic programming over the subsets of the operands. Beyond,
-cotengra's greedy search is sampled, the trees compared by the same bound, and the best of them improved piece by piece by that exact search.
+cotengra's greedy search is sampled, the trees are compared by the same bound, and the best of them improved piece by piece by that exact
+search.
 """
 
 import functools
@@ -89,7 +90,7 @@ class Trees:
     """
 
     def __init__(self, task: Task, pool: "_Subsets | _Found", familiar: Sequence[Path] = ()) -> None:
-        self.task, self._pool, self._familiar = task, pool, familiar
+        self.task, self._pool, self._others = task, pool, familiar
         self.least, self._first = next(pool.ranked({}))
         self._learnt: dict[tuple[int, int], float] = {}
 
@@ -102,10 +103,10 @@ class Trees:
         self._learnt.update(zip(_joined(path, len(self.task.inputs)), excess, strict=True))
 
     def __iter__(self) -> Iterator[Path]:
-        given = {self._first, *self._familiar}
-        yield from dict.fromkeys((self._first, *self._familiar))
-        while (path := next((path for _, path in self._pool.ranked(self._learnt) if path not in given), None)) is not None:
-            given.add(path)
+        known = {self._first, *self._others}
+        yield from dict.fromkeys((self._first, *self._others))
+        while (path := next((path for _, path in self._pool.ranked(self._learnt) if path not in known), None)) is not None:
+            known.add(path)
             yield path
 
 
@@ -168,25 +169,6 @@ def _familiar(task: Task) -> list[Path]:
     exact = len(task.inputs) <= _DP
     sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
     paths = [pairs_of(("named", "dp" if exact else "auto", None), task.inputs, task.output, sizes)]
-    return [_canonical(path, len(task.inputs)) for path in (*paths, *([_optimal(task, "combo")] if exact else []))]
-
-
-def _joined(path: Path, count: int) -> Iterator[tuple[int, int]]:
-    """The subsets of operands that each step joins, as bit masks, the one with the first operand first."""
-    subsets = [1 << place for place in range(count)]
-    for left, right in path:
-        a, b = subsets[left], subsets[right]
-        subsets.append(a | b)
-        yield (a, b) if a & -a < b & -b else (b, a)
-
-
-def _familiar(task: Task) -> list[Path]:
-    """The trees of opt_einsum and of cotengra's exact search; above its reach, cotengra's sample stands for it."""
-    from tn.bridge.opt_einsum import pairs_of  # late: keeps `import tn` light
-
-    exact = len(task.inputs) <= _DP
-    sizes = {axis: max(size, 1) for axis, size in task.sizes.items()}
-    paths = [pairs_of(("named", "dp" if exact else "auto", None), task.inputs, task.output, sizes)]
     return paths + ([_optimal(task, "combo")] if exact else [])
 
 
@@ -197,7 +179,9 @@ def bound(path: Path, task: Task) -> float:
 
 def roles(path: Path, task: Task) -> tuple[list[Extents], list[Weights]]:
     """Extents and weights of every step."""
-    sizes, axes, needs, extents, weights = task.sizes, [*task.inputs], [*task.grads], [], []
+    sizes, axes, needs = task.sizes, [*task.inputs], [*task.grads]
+    extents: list[Extents] = []
+    weights: list[Weights] = []
     for left, right, out in steps_of(path, task.inputs, task.output):
         a, b, c = {*axes[left]}, {*axes[right]}, {*out}
         extents.append((volume(a & b & c, sizes), volume(a - b, sizes), volume(b - a, sizes), volume((a & b) - c, sizes)))
@@ -233,8 +217,9 @@ class _Subsets:
 
     def __init__(self, task: Task, like: "_Subsets | None" = None) -> None:
         self.count = count = len(task.inputs)
-        self.bits, self.masks, self.groups, self.rows = (like.bits, like.masks, like.groups, like.rows) if like else self._structure(task)
-        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in self.bits.items()}
+        self.structure: tuple[dict[str, int], list[int], Array, Array] = like.structure if like else _structure(task)
+        bits, masks, groups, rows = self.structure
+        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in bits.items()}
 
         def product(mask: int) -> int:
             found = volumes.get(mask)
@@ -243,31 +228,11 @@ class _Subsets:
                 found = volumes[mask] = volumes[low] * product(mask ^ low)
             return found
 
-        needs = np.array([any([subset >> place & 1 and need for place, need in enumerate(task.grads)]) for subset in range(1 << count)])
+        needs = np.array([any(need and subset >> place & 1 for place, need in enumerate(task.grads)) for subset in range(1 << count)])
         subset, part, other = np.array(_splits(count)).T
         kinds = np.array([task.weights(*kind) for kind in itertools.product((False, True), repeat=4)])
-        weights = kinds[8 * self.rows + 4 * (subset == subset[-1]) + 2 * needs[part] + needs[other]]
-        self.costs = task.costs(np.array([float(product(mask)) for mask in self.masks])[self.groups], weights)
-
-    @staticmethod
-    def _structure(task: Task) -> tuple[dict[str, int], list[int], Array, Array]:
-        """(axis → bit, sets of axes, which of them are H, M, N and K of every split, whether it has rows)."""
-        count = len(task.inputs)
-        bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
-        every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
-        for subset in range(1, every + 1):
-            low = subset & -subset
-            inside[subset] = inside[subset ^ low] | sum([bits[axis] for axis in task.inputs[low.bit_length() - 1]])
-        kept = sum([bits[axis] for axis in task.output])
-        axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
-        number: dict[int, int] = {}
-        groups, rows, rows_bit = [], [], bits.get(ROWS, 0)
-        for subset, part, other in _splits(count):
-            a, b, out = axes[part], axes[other], axes[subset]
-            both = a & b
-            groups.append([number.setdefault(mask, len(number)) for mask in (both & out, a & ~b, b & ~a, both & ~out)])
-            rows.append((a | b) & rows_bit != 0)
-        return bits, [*number], np.array(groups), np.array(rows)
+        weights = kinds[8 * rows + 4 * (subset == subset[-1]) + 2 * needs[part] + needs[other]]
+        self.costs = task.costs(np.array([float(product(mask)) for mask in masks])[groups], weights)
 
     def of(self, task: Task) -> "_Subsets":
         """The same trees for another task."""
@@ -313,7 +278,7 @@ class _Ranking:
         least = [0.0 if found else math.inf for found in self.found]
         for (subset, part, other), cost in zip(_splits(count), costs, strict=True):
             total = least[part] + least[other] + cost
-            self.heaps[subset].append((total, part, 0, other, 0, cost))  # type: ignore[union-attr]
+            self.heaps[subset].append((total, part, 0, other, 0, cost))
             if total < least[subset]:
                 least[subset] = total
 
@@ -352,6 +317,28 @@ class _Ranking:
         assert best
         _, part, i, other, j, _ = best
         return (self._nested(part, i), self._nested(other, j)) if part else subset.bit_length() - 1
+
+
+def _structure(task: Task) -> tuple[dict[str, int], list[int], Array, Array]:
+    """(axis → bit, sets of axes, which of them are H, M, N and K of every split, whether it has rows)."""
+    count = len(task.inputs)
+    bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
+    every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
+    for subset in range(1, every + 1):
+        low = subset & -subset
+        inside[subset] = inside[subset ^ low] | sum([bits[axis] for axis in task.inputs[low.bit_length() - 1]])
+    kept = sum([bits[axis] for axis in task.output])
+    axes = [inside[subset] & (kept | inside[every ^ subset]) for subset in range(every + 1)]
+    number: dict[int, int] = {}
+    groups: list[list[int]] = []
+    rows: list[bool] = []
+    rows_bit = bits.get(ROWS, 0)
+    for subset, part, other in _splits(count):
+        a, b, out = axes[part], axes[other], axes[subset]
+        both = a & b
+        groups.append([number.setdefault(mask, len(number)) for mask in (both & out, a & ~b, b & ~a, both & ~out)])
+        rows.append((a | b) & rows_bit != 0)
+    return bits, [*number], np.array(groups), np.array(rows)
 
 
 @functools.cache

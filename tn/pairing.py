@@ -139,8 +139,7 @@ class Prices:
             kind, seconds = self._price(form)
             if seconds < best[2]:
                 best = form, kind, seconds
-        form, kind, seconds = best
-        return form, kind, seconds + self.fresh
+        return best[0], best[1], best[2] + self.fresh
 
     def _price(self, form: Form) -> tuple[str, float]:
         """(kind, seconds) of a form: arithmetic, and what lies out of cache (`streams`: seconds of reading or writing each tensor once)."""

@@ -28,6 +28,7 @@ _LAID_OUT = (8, 6, 4, 3)  # trees that get layouts: up to five operands, of six,
 _SHOWN = 3  # plans not chosen that a plan remembers
 _TILED_BEST = 2  # the fastest of those that are tried with several tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
+Candidate = tuple[float, float, Path, int]  # cost by the goal, seconds, tree, tile (0: all rows at once)
 SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
 
 
@@ -309,26 +310,27 @@ def best_of(
     job, size = _job(network, sizes, grad, table), dict(sizes)
     leaves, output = job.task.inputs, job.task.output
     most = _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
-    found = {(cost, seconds, path, None): orders for cost, seconds, path, orders in _lay_out(trees, job, goal, most)}
+    found: dict[Candidate, tuple[Axes, ...]] = {(*entry, 0): orders for entry, orders in _lay_out(trees, job, goal, most)}
     tiles = [tile for tile in _TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output else []
     if tiles:
         streaming = sum(_streaming(leaves, output, job.task.grads, size, table))
         first = job.tiled(tiles[0])
-        again = trees.of(dataclasses.replace(first.task, weigh=trees.task.weigh), [min(found, key=_first_two)[2]])
-        made = sorted(entry for entry in _lay_out(again, first, goal, (most + 1) // 2) if any(ROWS in t for t in entry[3][len(leaves) : -1]))
-        for cost, _, path, orders in made[:_TILED_BEST]:
+        again = trees.of(dataclasses.replace(first.task, weigh=trees.task.weigh), [min(found)[2]])
+        made = [(*entry, orders) for entry, orders in _lay_out(again, first, goal, (most + 1) // 2)]
+        with_rows = [entry for entry in made if any(ROWS in t for t in entry[3][len(leaves) : -1])]
+        for cost, _, path, orders in sorted(with_rows)[:_TILED_BEST]:
             for tile in tiles:
                 seconds = price(path, orders, job.tiled(tile)) + streaming
                 found[cost if goal == "flops" else seconds, seconds, path, tile] = orders
-    best = min(found, key=_first_two)
-    _, _, path, tile = best
-    others = sorted((seconds, other, rows or 0) for _, seconds, other, rows in found if (other, rows) != (path, tile))
-    shown = tuple((seconds, path, tile or None) for seconds, path, tile in others[:_SHOWN])
-    return Plan(network, sizes, grad, goal, search, path, found[best], tile, table, trees.least if goal == "time" else 0.0, shown)
+    best, *_ = sorted(found)
+    others = sorted((seconds, path, tile) for _, seconds, path, tile in found if (path, tile) != best[2:])[:_SHOWN]
+    shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
+    floor = trees.least if goal == "time" else 0.0
+    return Plan(network, sizes, grad, goal, search, best[2], found[best], best[3] or None, table, floor, shown)
 
 
-def _lay_out(trees: order.Trees, job: Job, goal: str, most: int) -> Iterator[tuple[float, float, Path, tuple[Axes, ...]]]:
-    """(cost by the goal, seconds, tree, orders) of trees that can be the best, at most so many."""
+def _lay_out(trees: order.Trees, job: Job, goal: str, most: int) -> Iterator[tuple[tuple[float, float, Path], tuple[Axes, ...]]]:
+    """((cost by the goal, seconds, tree), orders) of trees that can be the best, at most so many."""
     best = math.inf
     for path in itertools.islice(trees, most):
         least = order.bound(path, trees.task)
@@ -337,11 +339,7 @@ def _lay_out(trees: order.Trees, job: Job, goal: str, most: int) -> Iterator[tup
             trees.learn(path, excess)
             cost = least if goal == "flops" else seconds
             best = min(best, cost)
-            yield cost, seconds, path, orders
-
-
-def _first_two(entry: tuple[float, float, Path, int | None]) -> tuple[float, float]:
-    return entry[:2]
+            yield (cost, seconds, path), orders
 
 
 def _streaming(leaves: Iterable[Axes], output: Axes, grads: Iterable[bool], size: Mapping[str, int], table: Machine) -> tuple[float, float]:

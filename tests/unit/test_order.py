@@ -62,7 +62,9 @@ def test_with_goal_flops_no_tree_has_fewer(seed):
     task = task_of(seed, 4)
     least = min(bound(path, task) for path in every_tree(search(task)))
     operands = ", ".join(f"t{i}: {' '.join(term) or '1'}" for i, term in enumerate(task.inputs))
-    net = tn.network(f"{operands} -> {' '.join(task.output) or '1'}", {a: s for a, s in task.sizes.items() if any(a in t for t in task.inputs)})
+    net = tn.network(
+        f"{operands} -> {' '.join(task.output) or '1'}", {a: s for a, s in task.sizes.items() if any(a in t for t in task.inputs)}
+    )
     if leaf_axes(net) != task.inputs:
         pytest.skip("an axis of one operand alone")
     plan = tn.plan(net, grad=[f"t{i}" for i, need in enumerate(task.grads) if need], goal="flops")

@@ -70,8 +70,6 @@ def test_left_to_right_is_the_order_as_written():
     assert plan.path == ((0, 1), (3, 2))
 
 
-
-
 def test_runs_ignore_axes_of_size_one():
     sizes = {"a": 2, "b": 1, "c": 3}
     assert is_run(("a", "b", "c"), ("a", "c"), sizes)

@@ -162,6 +162,15 @@ class _Found:
         yield from sorted((least + sum([learnt.get(both, 0.0) for both in joined]), path) for least, path, joined in self.trees)
 
 
+def _joined(path: Path, count: int) -> Iterator[tuple[int, int]]:
+    """The subsets of operands that each step joins, as bit masks, the one with the first operand first."""
+    subsets = [1 << place for place in range(count)]
+    for left, right in path:
+        a, b = subsets[left], subsets[right]
+        subsets.append(a | b)
+        yield (a, b) if a & -a < b & -b else (b, a)
+
+
 def _familiar(task: Task) -> list[Path]:
     """The trees of opt_einsum and of cotengra's exact search; above its reach, cotengra's sample stands for it."""
     from tn.bridge.opt_einsum import pairs_of  # late: keeps `import tn` light

@@ -30,7 +30,7 @@ Weights = tuple[float, float, float]  # of a step, of the gradient of its left a
 Extents = tuple[int, int, int, int]  # of a contraction: batch, left, right and contracted (H, M, N, K)
 
 SEARCHES = ("auto", "cotengra", "left_to_right")
-_EXACT = 8  # operands up to which all subsets are searched: 3,025 ways to split them
+EXACT = 8  # operands up to which all subsets are searched: 3,025 ways to split them
 _REGION = 6  # subtrees that a piece of a larger tree is cut into, to be put together again in the best way
 _SAMPLES = 64  # trees that cotengra's sampler draws
 _OWN_SAMPLES = 16  # of them from which cotengra improves the best under its own objectives
@@ -131,7 +131,7 @@ def search(task: Task, *, method: str = "auto", seed: int = 0) -> Trees:
     if method == "cotengra":
         return given(task, _cotengra_paths(task, seed))
     plain = replace(task, grads=(False,) * count)
-    if count <= _EXACT:
+    if count <= EXACT:
         subsets = _Subsets(task)
         others = [subsets.of(replace(plain, weigh=weigh)).best() for weigh in (flops, _combo)] if count > 3 else []
         return Trees(task, subsets, others)

@@ -79,7 +79,7 @@ class Machine:
             at = np.concatenate([at * len(marks) + low, at * len(marks) + low + 1])
             shares = np.concatenate([shares * (1 - part), shares * part])
             beyond = beyond * np.maximum(extents / marks[-1], 1.0)
-        mm, bmm = beyond * np.exp((shares * self._least[:, at]).sum(axis=1))
+        mm, bmm = beyond * np.exp(np.einsum("cn,cnt->tn", shares, self._least[at]))
         return mm, bmm
 
     @functools.cached_property
@@ -90,8 +90,8 @@ class Machine:
 
     @functools.cached_property
     def _least(self) -> Array:
-        """The logarithms of the least of the lines of `mm` and of `bmm`."""
-        return np.log(np.min([self.mm, self.bmm], axis=1))
+        """For each of SHAPES the logarithms of the least of the lines of `mm` and of `bmm`."""
+        return np.log(np.min([self.mm, self.bmm], axis=1)).T.copy()
 
     def traffic(self, size: int, new: bool = False) -> float:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""

@@ -226,22 +226,14 @@ class _Subsets:
 
     def __init__(self, task: Task, like: "_Subsets | None" = None) -> None:
         self.count = count = len(task.inputs)
-        self.structure: tuple[dict[str, int], list[int], Array, Array] = like.structure if like else _structure(task)
-        bits, masks, groups, rows = self.structure
-        volumes = {0: 1} | {bit: task.sizes[axis] for axis, bit in bits.items()}
-
-        def product(mask: int) -> int:
-            found = volumes.get(mask)
-            if found is None:
-                low = mask & -mask
-                found = volumes[mask] = volumes[low] * product(mask ^ low)
-            return found
-
+        self.structure: tuple[list[str], Array, Array, Array] = like.structure if like else _structure(task)
+        axes, has, groups, rows = self.structure
+        volumes = np.where(has, np.array([float(task.sizes[axis]) for axis in axes]), 1.0).prod(axis=1)
         needs = np.array([any(need and subset >> place & 1 for place, need in enumerate(task.grads)) for subset in range(1 << count)])
-        subset, part, other = np.array(_splits(count)).T
+        subset, part, other = _columns(count)
         kinds = np.array([task.weights(*kind) for kind in itertools.product((False, True), repeat=4)])
         weights = kinds[8 * rows + 4 * (subset == subset[-1]) + 2 * needs[part] + needs[other]]
-        self.costs = task.costs(np.array([float(product(mask)) for mask in masks])[groups], weights)
+        self.costs = task.costs(volumes[groups], weights)
 
     def of(self, task: Task) -> "_Subsets":
         """The same trees for another task."""
@@ -328,8 +320,8 @@ class _Ranking:
         return (self._nested(part, i), self._nested(other, j)) if part else subset.bit_length() - 1
 
 
-def _structure(task: Task) -> tuple[dict[str, int], list[int], Array, Array]:
-    """(axis → bit, sets of axes, which of them are H, M, N and K of every split, whether it has rows)."""
+def _structure(task: Task) -> tuple[list[str], Array, Array, Array]:
+    """(axes, which of them are in each of some sets, which sets are H, M, N and K of every split, whether a split has rows)."""
     count = len(task.inputs)
     bits = {axis: 1 << place for place, axis in enumerate(dict.fromkeys(axis for term in (*task.inputs, task.output) for axis in term))}
     every, inside = (1 << count) - 1, [0] * (1 << count)  # axes of the operands in a subset
@@ -347,7 +339,9 @@ def _structure(task: Task) -> tuple[dict[str, int], list[int], Array, Array]:
         both = a & b
         groups.append([number.setdefault(mask, len(number)) for mask in (both & out, a & ~b, b & ~a, both & ~out)])
         rows.append((a | b) & rows_bit != 0)
-    return bits, [*number], np.array(groups), np.array(rows)
+    sets = np.array([*number], dtype=np.int64 if len(bits) < 63 else object)
+    has = (sets[:, None] >> np.arange(len(bits))) & 1
+    return [*bits], has.astype(bool), np.array(groups), np.array(rows)
 
 
 @functools.cache
@@ -361,6 +355,12 @@ def _splits(count: int) -> list[tuple[int, int, int]]:
             found.append((subset, subset ^ other, other))
             other = (other - 1) & rest
     return found
+
+
+@functools.cache
+def _columns(count: int) -> Array:
+    """The splits as three arrays: subsets, parts, other parts."""
+    return np.array(_splits(count)).T
 
 
 @functools.cache

@@ -101,7 +101,7 @@ def forms(left: str, right: str, out: str, tape: bool, whole: bool) -> tuple[For
     found = [form for parts, copies in copied.items() if sum(copies) == least for form in _whole((left, right, out), parts, copies)]
     perfect = not least and any(form.out == "native" for form in found)
     if not (perfect or whole or choices[0] != [""]):
-        found += _partial(left, right, out, choices[1:], tape)
+        found += _partial(left, right, out, choices[1:], tape, copies=least > 0)
     kept: dict[tuple, Form] = {}
     for form in sorted(found, key=_views):
         batch = form.batch if form.batch_on != "all" else ""
@@ -141,32 +141,48 @@ def _whole(orders: tuple[str, str, str], parts: tuple[str, ...], copies: tuple[b
         yield Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
 
 
-def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], tape: bool) -> Iterator[Form]:
-    """Copy-free products with some atoms of one group as a batch that one of the three tensors does not have. That one must be a matrix
-    as it is, which decides the sequences of the two other groups.
+def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], tape: bool, copies: bool) -> Iterator[Form]:
+    """Products with some atoms of one group as a batch that one of the three tensors does not have. That one must be a matrix as it is,
+    which decides the sequences of the two other groups, or, an operand, is copied into one.
 
     Args:
-        choices: the sequences that M, N and K have.
+        choices: the sequences that M, N and K have. copies: whether such a copy is worth a try.
     """
+    orders = (left, right, out)
     for group, batch_on, owners, other in ((0, "left", (left, out), 1), (1, "right", (right, out), 0), (2, "operands", (left, right), 2)):
         if len(choices[group][0]) < 2 or (tape and other != 2):
             continue
-        matrix = (left, right, out)[other]
-        parts = ["".join([atom for atom in matrix if atom in sequences[0]]) for sequences in choices]
-        if not (parts[0] in matrix and parts[1] in matrix and parts[2] in matrix):
-            continue
-        for batch, rest in (cut for sequence in choices[group] for cut in _cuts(sequence, owners)):
-            m, n, k = (rest if place == group else part for place, part in enumerate(parts))
-            on_left, on_right, on_out = (batch if other != place else "" for place in range(3))
-            if not (_viewable(left, on_left, m, k) and _viewable(right, on_right, n, k)):
-                continue
-            for swap, placed in _placements(out, on_out, m, n):
-                if placed == "copy":
+        own = [_only(choices[place][0], orders[other]) for place in range(3)]
+        ways = [(own, False)] if all(part in orders[other] for part in own) else []
+        if copies and other != 2:  # the sequences that the two others have
+            ways.append(([_only(choices[place][0], orders[_OWNER[other, place]]) for place in range(3)], True))
+        for (parts, copy), sequence in itertools.product(ways, choices[group]):
+            for batch, rest in _cuts(sequence, owners):
+                m, n, k = (rest if place == group else part for place, part in enumerate(parts))
+                on_left, on_right, on_out = (batch if other != place else "" for place in range(3))
+                copy_left, copy_right = copy and other == 0, copy and other == 1
+                if not ((copy_left or _viewable(left, on_left, m, k)) and (copy_right or _viewable(right, on_right, n, k))):
                     continue
-                (first, outer), (second, inner) = ((left, m), (right, n))[:: -1 if swap else 1]
-                reads = _read(first, k, outer, False) + _read(second, inner, k, False)
                 scattered = _scattered(left, on_left), _scattered(right, on_right), _scattered(out, on_out)
-                yield Form(batch, m, n, k, batch_on, swap, placed, False, False, 5, scattered, (None, None, None), reads)
+                for swap, placed in _placements(out, on_out, m, n):
+                    if placed == "copy":
+                        continue
+                    move_left = _move(left, k + m if swap else m + k) if copy_left else None
+                    move_right = _move(right, n + k if swap else k + n) if copy_right else None
+                    if swap:
+                        reads = _read(right, k, n, copy_right) + _read(left, m, k, copy_left)
+                    else:
+                        reads = _read(left, k, m, copy_left) + _read(right, n, k, copy_right)
+                    moves = (move_left, move_right, None)
+                    yield Form(batch, m, n, k, batch_on, swap, placed, copy_left, copy_right, 5, scattered, moves, reads)
+
+
+_OWNER = {(1, 0): 0, (1, 1): 2, (1, 2): 0, (0, 0): 2, (0, 1): 1, (0, 2): 1}  # (tensor copied, group) → tensor whose sequence it gets
+
+
+def _only(group: str, order: str) -> str:
+    """A group's atoms in the sequence that a tensor has them."""
+    return "".join([atom for atom in order if atom in group]) if len(group) > 1 else group
 
 
 def _move(source: str, target: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ class Pairing:
     """How one pairwise contraction runs.
 
     Attributes:
-        kind: "mm", "bmm", "dot" (nothing kept on either side) or "multiply" (nothing contracted).
+        kind: "mm", "bmm", "dot" (an elementwise product, then summed) or "multiply" (nothing contracted).
         batch, left, right, contracted: the axis groups H, M, N, K, each in the order in which it is flattened.
         batch_on: "all" tensors; "left" or "right" operand only, and the result (the other operand is broadcast); "operands", both of
             them and not the result, which is summed over it.
@@ -94,7 +94,8 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
     form, kind, seconds = prices.cheapest(a, b, c)
     if form is None:
         h, m, n = (tuple(axis for axis in out if axis in group) for group in of[:3])
-        return Pairing("multiply", h, m, n, (), "all", False, "native", False, False, flops, sum(volumes), 0, seconds)
+        k = tuple(axis for axis in left if axis in of[3]) if kind == "dot" else ()
+        return Pairing(kind, h, m, n, k, "all", False, "native", False, False, flops, sum(volumes), 0, seconds)
     ones = [tuple(axis for axis in sizes if sizes[axis] == 1 and axis in group) for group in of]
     parts = (form.batch, form.left, form.right, form.contracted)
     h, m, n, k = (tuple(axis for atom in part for axis in atoms[atom]) + one for part, one in zip(parts, ones, strict=True))
@@ -131,15 +132,18 @@ class Prices:
         return found
 
     def cheapest(self, left: str, right: str, out: str) -> tuple[Form | None, str, float]:
-        """(form, kind, seconds) of the cheapest way; no form where nothing is contracted."""
+        """(form, kind, seconds) of the cheapest way; no form for elementwise products."""
         if not self.contracts:
             return None, "multiply", self._multiply(left, right, out)
-        best: tuple[Form | None, str, float] = (None, "", float("inf"))
+        best: tuple[Form | None, str, float] = (None, "dot", self._dot(left, right, out))
+        if self.extents[:3] == (1, 1, 1):
+            return best
         for form in forms(left, right, out, self.tape, self.whole):
             kind, seconds = self._price(form)
+            seconds += self.fresh
             if seconds < best[2]:
                 best = form, kind, seconds
-        return best[0], best[1], best[2] + self.fresh
+        return best
 
     def _price(self, form: Form) -> tuple[str, float]:
         """(kind, seconds) of a form: arithmetic, and what lies out of cache (`streams`: seconds of reading or writing each tensor once)."""
@@ -166,10 +170,6 @@ class Prices:
             kind, seconds = "mm", machine.product(a, b, k, form.reads)
         else:
             kind, seconds = "bmm", machine.call + h * machine.item(a, b, k, form.reads, form.out == "strided")
-        if m == n == 1 and form.batch_on == "all":
-            elementwise = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * _BYTES * h * k) / machine.multiply
-            if elementwise < seconds or h == 1:
-                kind, seconds = "dot", elementwise
         if form.batch_on == "operands":  # every item's product is written and read once more
             size = _BYTES * h * m * n
             seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
@@ -195,6 +195,19 @@ class Prices:
         size = self.sizes[2]
         return seconds + max(size / machine.multiply, machine.traffic(size)) + machine.traffic(size, new=True)
 
+    def _dot(self, left: str, right: str, out: str) -> float:
+        """An elementwise product in the order of the larger operand, as a new tensor, and its sum over K."""
+        machine, (h, m, n, k) = self.machine, self.extents
+        large, other = (left, right) if self.sizes[0] >= self.sizes[1] else (right, left)
+        small, size = min(self.sizes[:2]), _BYTES * h * m * n * k
+        seconds = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams) + self.fresh
+        seconds += machine.traffic(size) + machine.traffic(size, new=True)
+        if large[-1:] in other and large[-1:] != other[-1:]:  # read against the grain
+            seconds += small / _BYTES * machine.run / 4
+        if "".join([atom for atom in large if atom in out]) != "".join([atom for atom in out if atom in large]):
+            seconds += machine.element + machine.reorder(self.sizes[2], self.sizes[2] // _BYTES)
+        return seconds
+
     def _product(self, part: str) -> int:
         size = 1
         for atom in part:
@@ -215,8 +228,10 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
         part = np.minimum(whole, _PART)
         _, item = _either(part, other, k[wide], machine)
         product[wide] = np.minimum(product[wide], machine.call + item * (whole / part))
-    elementwise = 2 * machine.element + 2 * _BYTES * h * k / machine.multiply
-    product = np.where((m == 1) & (n == 1), np.minimum(product, elementwise), product) + 2 * machine.view + far[0] + far[1] + far[2]
+    whole = _BYTES * h * m * n * k  # an elementwise product before its sum
+    elementwise = 2 * machine.element + (sizes[0] + sizes[1] + 2 * whole) / machine.multiply
+    elementwise += 2 * np.maximum(whole - machine.near, 0) / machine.far + np.where(whole >= machine.paged, whole / machine.fresh, 0.0)
+    product = np.minimum(product + 2 * machine.view, elementwise) + far[0] + far[1] + far[2]
     multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])
     return fresh + np.where(k == 1, multiply + far[2], product)
 

@@ -61,8 +61,8 @@ def score(plan: Plan) -> tuple[float, float]:
 
 
 def _laid_out(base: Plan, path: Path) -> Plan:
-    needs = base.needs[: len(base.leaves)]
-    orders = choose(path, Job(base.leaves, base.network.output.axes, base.size, needs, base.machine))[1]
+    job = Job.of(base.leaves, base.network.output.axes, base.size, base.needs[: len(base.leaves)], base.machine)
+    orders = choose(path, job).orders
     return settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=()))
 
 

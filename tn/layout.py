@@ -3,115 +3,141 @@
 import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+from tn.cost import volume
+from tn.forms import fuse
 from tn.machine import Machine
-from tn.order import Axes, Path, steps_of
-from tn.pairing import ideal, pair
+from tn.order import Axes, Path, Task, Weights, roles, steps_of
+from tn.pairing import Prices, ideal
 from tn.spec import ROWS
 
 _ORDERS = 8  # orders of an intermediate that are tried
 _ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
+
+_NO_FLOORS = (0.0, 0.0, 0.0)
 
 Costs = dict[Axes, tuple[float, Axes, Axes]]  # order of a value → (seconds of its subtree, orders of its operands)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a tree is laid out for.
+    """What trees are laid out for.
 
     Attributes:
-        inputs, output: axes of the operands and the result. grads: which operands need a gradient.
-        sizes: of every axis; with tiles, the rows are those of a tile. tiles: how often a step with rows runs.
-        machine: prices the steps.
+        task: the operands, the result and the sizes of all axes. machine: prices the steps.
+        known: what was found out, because trees share subtrees.
     """
 
-    inputs: tuple[Axes, ...]
-    output: Axes
-    sizes: Mapping[str, int]
-    grads: tuple[bool, ...]
+    task: Task
     machine: Machine
-    tiles: float = 1.0
+    known: dict[tuple, Costs] = field(default_factory=dict)
 
-    def weights(self, left: Axes, right: Axes, out: Axes, left_needs: bool, right_needs: bool) -> tuple[float, float, float]:
-        """How often a step, the gradient of its left and that of its right operand run. A tile makes its intermediates again."""
-        often = self.tiles if ROWS in left or ROWS in right else 1.0
-        again = any(self.grads) and self.tiles > 1 and often > 1 and set(out) != set(self.output)
-        return often * (1 + again), often * left_needs, often * right_needs
+    @classmethod
+    def of(cls, inputs: tuple[Axes, ...], output: Axes, sizes: Mapping[str, int], grads: tuple[bool, ...], machine: Machine) -> "Job":
+        """A job for all rows at once, whose task compares trees by the seconds of their steps."""
+        return cls(Task(inputs, output, sizes, grads, functools.partial(ideal, machine=machine)), machine)
+
+    def tiled(self, tile: int) -> "Job":
+        """The same with so many rows at a time."""
+        sizes = self.task.sizes
+        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine)
 
 
-def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
-    """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree.
+class Layout(NamedTuple):
+    """A tree laid out.
 
-    Returns:
-        (predicted seconds of the steps and the needed gradients, the order of every SSA value).
+    Attributes:
+        seconds: predicted, of the steps and the needed gradients. orders: the memory order of every SSA value.
+        excess: of every step, what it adds to the seconds of its subtree in the best order for that beyond its own best layout.
     """
-    inputs, output = job.inputs, job.output
+
+    seconds: float
+    orders: tuple[Axes, ...]
+    excess: tuple[float, ...] = ()
+
+
+def choose(path: Path, job: Job) -> Layout:
+    """Memory orders of all values of a tree, operands and output fixed, by dynamic programming over the tree."""
+    inputs, output = job.task.inputs, job.task.output
     steps = [*steps_of(path, inputs, output)]
     count = len(inputs)
     parent = {operand: number for number, (left, right, _) in enumerate(steps) for operand in (left, right)}
-    needs = list(job.grads)
-    table: list[Costs] = [{t: (0.0, (), ())} for t in inputs]
     axes = [*inputs, *(out for _, _, out in steps)]
-    for number, (left, right, out) in enumerate(steps):
+    extents, weights = roles(path, job.task)
+    floors = job.task.turns(extents).T.tolist()
+    table = [job.known.setdefault((t,), {t: (0.0, (), ())}) for t in inputs]
+    for number, (left, right, _) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
-        needs.append(needs[left] or needs[right])
-        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        table.append({order: _best(table[left], table[right], order, weights, job) for order in orders})
+        same = (id(table[left]), id(table[right]), weights[number], *orders)
+        if same not in job.known:
+            job.known[same] = _best(table[left], table[right], orders, weights[number], floors[number], job)
+        table.append(job.known[same])
+    if not steps:
+        return Layout(0.0, inputs)
     chosen: list[Axes] = [()] * len(axes)
-    chosen[-1] = next(iter(table[-1]))
+    chosen[-1] = output
     for number in reversed(range(len(steps))):
         left, right, _ = steps[number]
         _, chosen[left], chosen[right] = table[count + number][chosen[count + number]]
-    if not steps:
-        chosen = [*table[0]]
-    return next(iter(table[-1].values()))[0], tuple(chosen)
+    best = [min(costs.values())[0] for costs in table]
+    excess = []
+    for number, (left, right, _) in enumerate(steps):
+        least = sum([weight * floor for weight, floor in zip(weights[number], floors[number], strict=True)])
+        excess.append(best[count + number] - best[left] - best[right] - least)
+    return Layout(best[-1], tuple(chosen), tuple(excess))
 
 
-def bound(path: Path, job: Job, repeated: Collection[int] = ()) -> float:
-    """Cost (see `choose`) of a tree whose every step runs in its own best layout, without the steps that are repeated."""
-    axes, needs, total = [*job.inputs], list(job.grads), 0.0
-    for number, (left, right, out) in enumerate(steps_of(path, job.inputs, job.output)):
-        weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        total += 0.0 if number in repeated else _ideal(axes[left], axes[right], out, weights, job)
-        axes.append(out)
-        needs.append(needs[left] or needs[right])
+def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
+    """Predicted seconds (see `choose`) of a tree in given memory orders."""
+    total, (_, weights) = 0.0, roles(path, job.task)
+    for number, (left, right) in enumerate(path):
+        lefts, rights = ({orders[value]: (0.0, (), ())} for value in (left, right))
+        ((found, _, _),) = _best(lefts, rights, [orders[len(job.task.inputs) + number]], weights[number], _NO_FLOORS, job).values()
+        total += found
     return total
 
 
-def _best(lefts: Costs, rights: Costs, order: Axes, weights: tuple[float, float, float], job: Job) -> tuple[float, Axes, Axes]:
-    """The cheapest orders of both operands for one order of the result. Pairs that could not win even in their best layout are left out."""
-    found: tuple[float, Axes, Axes] = (math.inf, (), ())
-    first_left, first_right = next(iter(lefts)), next(iter(rights))
-    floors = [weight * ideal(*t, job.sizes, job.machine) for weight, t in zip(weights, _turns(first_left, first_right, order), strict=True)]
-    for left, (left_cost, *_) in sorted(lefts.items(), key=_cost):
-        for right, (right_cost, *_) in sorted(rights.items(), key=_cost):
-            seconds = left_cost + right_cost + sum(floors)
-            if seconds >= found[0]:
-                break
-            for weight, turn, floor in zip(weights, _turns(left, right, order), floors, strict=True):
-                if weight and seconds < found[0]:
-                    seconds += weight * pair(*turn, job.sizes, job.machine).seconds - floor
-            if seconds < found[0]:
-                found = (seconds, left, right)
+def _best(lefts: Costs, rights: Costs, orders: list[Axes], weights: Weights, floors: Sequence[float], job: Job) -> Costs:
+    """For each order of a step's result the cheapest orders of both operands. Pairs that could not win even in their best layout are
+    left out.
+
+    Args:
+        weights, floors: how often each turn runs, and its seconds in its best layout (see `_turns`).
+    """
+    atoms, (left_code, right_code, code) = fuse((list(lefts), list(rights), orders), job.task.sizes)
+    extent = {atom: volume(axes, job.task.sizes) for atom, axes in atoms.items()}
+    one = any(job.task.sizes[axis] == 1 for axis in orders[0] if axis in next(iter(lefts)) and axis in next(iter(rights)))
+    a, b, c = (next(iter(codes.values())) for codes in (left_code, right_code, code))
+    turns = [
+        Prices(*turn, extent, job.machine, whole=one) if weight else None for turn, weight in zip(_turns(a, b, c), weights, strict=True)
+    ]
+    floors = [weight * floor for weight, floor in zip(weights, floors, strict=True)]
+    by_left = sorted((cost, order) for order, (cost, *_) in lefts.items())
+    by_right = sorted((cost, order) for order, (cost, *_) in rights.items())
+    least, found = sum(floors), {}
+    for order in orders:
+        best: tuple[float, Axes, Axes] = (math.inf, (), ())
+        for (left_cost, left), (right_cost, right) in itertools.product(by_left, by_right):
+            cost = left_cost + right_cost + least
+            if cost >= best[0]:
+                continue
+            codes = _turns(left_code[left], right_code[right], code[order])
+            for weight, turn, parts, floor in zip(weights, turns, codes, floors, strict=True):
+                if turn and cost < best[0]:
+                    cost += weight * turn.seconds(*parts) - floor
+            if cost < best[0]:
+                best = (cost, left, right)
+        found[order] = best
     return found
 
 
-def _turns(left: Axes, right: Axes, out: Axes) -> tuple[tuple[Axes, Axes, Axes], ...]:
+def _turns(left: Any, right: Any, out: Any) -> tuple[tuple[Any, Any, Any], ...]:
     """A step, the gradient of its left and that of its right operand, each as (left, right, result)."""
     return (left, right, out), (out, right, left), (left, out, right)
-
-
-def _cost(entry: tuple[Axes, tuple[float, Axes, Axes]]) -> float:
-    return entry[1][0]
-
-
-def _ideal(left: Axes, right: Axes, out: Axes, weights: tuple[float, float, float], job: Job) -> float:
-    """Seconds of a step and its gradients if no layout were in the way."""
-    turns = _turns(left, right, out)
-    return sum(weight * ideal(*turn, job.sizes, job.machine) for weight, turn in zip(weights, turns, strict=True) if weight)
 
 
 def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], count: int, output: Axes) -> list[Axes]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tn.errors import PlanError
@@ -22,6 +23,7 @@ _PAGE = 4096  # bytes
 _COLD = 3.0  # times as long takes a run that is not in cache (two CPU cores: 0.6 and 2 ns)
 FORMAT = 1  # of the JSON
 
+Array = np.ndarray
 Table = tuple[tuple[float, ...], ...]  # one line for each of READS: seconds of every one of SHAPES
 
 
@@ -65,11 +67,35 @@ class Machine:
 
     def product(self, m: int, n: int, k: int, reads: str = "NN") -> float:
         """Seconds of one product (m, k) × (k, n), operands in cache."""
-        return _seconds(self, "mm", READS.index(reads), m, n, k)
+        return _seconds(self, "mm", reads, m, n, k)
 
     def item(self, m: int, n: int, k: int, reads: str = "NN", strided: bool = False) -> float:
         """Seconds of one item of a batch of such products; `strided`: written into a part of each of several rows."""
-        return _seconds(self, "loop" if strided else "bmm", READS.index(reads), m, n, k)
+        return _seconds(self, "loop" if strided else "bmm", reads, m, n, k)
+
+    def fastest(self, m: Array, n: Array, k: Array) -> tuple[Array, Array]:
+        """Seconds of many products, and of items of batches, whose operands lie in memory in the best way: no `product` is faster."""
+        at, shares, beyond = np.zeros((1, len(m)), int), np.ones((1, len(m))), np.ones(len(m))
+        for extents, marks in zip((m, n, k), EXTENTS, strict=True):
+            places = np.interp(np.log(np.maximum(extents, 1)), np.log(marks), np.arange(len(marks)))
+            low = np.minimum(places.astype(int), len(marks) - 2)
+            part = places - low
+            at = np.concatenate([at * len(marks) + low, at * len(marks) + low + 1])
+            shares = np.concatenate([shares * (1 - part), shares * part])
+            beyond = beyond * np.maximum(extents / marks[-1], 1.0)
+        mm, bmm = beyond * np.exp(np.einsum("cn,cnt->tn", shares, self._least[at]))
+        return mm, bmm
+
+    @functools.cached_property
+    def _logarithms(self) -> dict[tuple[str, str], list[float]]:
+        """(table, reads) → the logarithms of its line."""
+        tables = (("mm", self.mm), ("bmm", self.bmm), ("loop", self.loop))
+        return {(kind, reads): [*map(math.log, line)] for kind, table in tables for reads, line in zip(READS, table, strict=True)}
+
+    @functools.cached_property
+    def _least(self) -> Array:
+        """For each of SHAPES the logarithms of the least of the lines of `mm` and of `bmm`."""
+        return np.log(np.min([self.mm, self.bmm], axis=1)).T.copy()
 
     def traffic(self, size: int, new: bool = False) -> float:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
@@ -129,19 +155,36 @@ def _row(table: object, case: str, row: object) -> tuple[float, float]:
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _seconds(table: Machine, kind: str, line: int, m: int, n: int, k: int) -> float:
+def _seconds(table: Machine, kind: str, reads: str, m: int, n: int, k: int) -> float:
     """A table read between its extents: the logarithm of the time is linear in the logarithm of each extent; beyond the last extent the
     time grows with it."""
-    times = {"mm": table.mm, "bmm": table.bmm, "loop": table.loop}[kind][line]
+    beyond, corners = _corners(m, n, k)
+    logarithms = table._logarithms[kind, reads]
+    total = 0.0
+    for at, weight in corners:
+        total += weight * logarithms[at]
+    return beyond * math.exp(total)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _corners(m: int, n: int, k: int) -> tuple[float, list[tuple[int, float]]]:
+    """(how far beyond the last extents, the places in a line around these extents with the weight of each)."""
     corners, beyond = [(0, 1.0)], 1.0
     for extent, marks in zip((m, n, k), EXTENTS, strict=True):
-        beyond *= max(extent / marks[-1], 1.0)
-        extent = min(max(extent, 1), marks[-1])
-        low = min(bisect.bisect_right(marks, extent), len(marks) - 1) - 1
-        part = math.log(extent / marks[low]) / math.log(marks[low + 1] / marks[low])
-        ends = ((low, 1 - part), (low + 1, part))
-        corners = [(at * len(marks) + end, weight * share) for at, weight in corners for end, share in ends if share]
-    return beyond * math.exp(sum(weight * math.log(times[at]) for at, weight in corners))
+        low, part, more = _place(extent, marks)
+        beyond *= more
+        first = [(at * len(marks) + low, weight * (1 - part)) for at, weight in corners] if part < 1 else []
+        corners = [*first, *((at * len(marks) + low + 1, weight * part) for at, weight in corners)] if part else first
+    return beyond, corners
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _place(extent: int, marks: tuple[int, ...]) -> tuple[int, float, float]:
+    """(the mark below an extent, how far it lies towards the next one, how many times beyond the last)."""
+    beyond = max(extent / marks[-1], 1.0)
+    extent = min(max(extent, 1), marks[-1])
+    low = min(bisect.bisect_right(marks, extent), len(marks) - 1) - 1
+    return low, math.log(extent / marks[low]) / math.log(marks[low + 1] / marks[low]), beyond
 
 
 def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: float, source: str) -> Machine:

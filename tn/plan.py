@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from tn import memory, order, slices
 from tn.cost import contraction_flops, step_flops, volume
 from tn.errors import PlanError, SizeError, unknown
-from tn.layout import Job, bound, choose
+from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
@@ -24,10 +25,12 @@ from tn.spec import ROWS, Term
 FORMAT = 3  # of the JSON
 GOALS = ("time", "flops", "peak", "saved")
 TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
-_LAID_OUT = 8  # trees of the least bound that get layouts
+_SHARING = 512  # trees that are looked at for equal steps where a tensor is used twice
+_LAID_OUT = (8, 6, 4, 3)  # trees that get layouts: up to five operands, of six, of seven, of more
 _SHOWN = 3  # plans not chosen that a plan remembers
-_TILED = 2  # the fastest of those that are tried with tiles
+_TILED_BEST = 2  # the fastest of those that are tried with several tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
+Candidate = tuple[float, float, Path, int]  # cost by the goal, seconds, tree, tile (0: all rows at once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,35 +260,24 @@ class Plan:
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
-        return seconds + self._streaming(self._operands, self._made) + slices.seconds(self, gradients=False)
+        return seconds + self._streaming[0] + slices.seconds(self, gradients=False)
 
     @property
     def backward_seconds(self) -> float:
         """Predicted seconds of the gradients in `grad`; with tiles or slices, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
-        if not (self.tile or self.slices) or not self.grad:
-            return seconds
-        again = sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
-        made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
-        return seconds + again + self._streaming((*self._operands, *self._made), made) + slices.seconds(self, gradients=True)
+        if (self.tile or self.slices) and self.grad:
+            seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
+            seconds += slices.seconds(self, gradients=True)
+        return seconds + self._streaming[1]
 
     @property
-    def _operands(self) -> list[Axes]:
-        return [self.orders[leaf] for leaf in range(len(self.leaves)) if leaf not in self.same]
-
-    @property
-    def _made(self) -> list[Axes]:
-        return [self.orders[value] for value in self.results]
-
-    def _streaming(self, read: Iterable[Axes], made: Iterable[Axes]) -> float:
-        """Seconds that reading and writing whole tensors takes besides, when steps only see a tile of them."""
+    def _streaming(self) -> tuple[float, float]:
         if not self.tile:
-            return 0.0
-
-        def size(order: Axes) -> int:
-            return 4 * volume(order, self.size) if ROWS in order else 0
-
-        return sum(self.machine.traffic(size(t)) for t in read) + sum(self.machine.traffic(size(t), new=True) for t in made)
+            return 0.0, 0.0
+        operands = [leaf for leaf in range(len(self.leaves)) if leaf not in self.same]
+        read, made = ([self.orders[value] for value in values] for values in (operands, self.results))
+        return _streaming(read, made, [self.needs[leaf] for leaf in operands], self.size, self.machine)
 
     @property
     def copies(self) -> int:
@@ -494,34 +486,29 @@ def _plan_outputs(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
     """A tree for each output: the best ones by themselves, then those that share more if that is faster; one tile for all."""
-    size, jobs, choices = dict(sizes), [], []
+    jobs, choices = [], []
     for part in network.parts:
         mine = tuple((axis, extent) for axis, extent in sizes if axis in part.axes)
         alone = _plan(part, mine, tuple(name for name in grad if name in part.names), goal, search, table, seed)
-        jobs.append(Job(alone.leaves, part.output.axes, alone.size, alone.needs[: len(alone.leaves)], table))
+        jobs.append(_job(part, mine, alone.grad, table))
         choices.append(list(dict.fromkeys([alone.path, *(path for _, path, _ in alone.others)])))
-    counts = [len(job.inputs) for job in jobs]
-    best = _flops if goal == "flops" else _seconds
+    counts = [len(job.task.inputs) for job in jobs]
 
-    def made(paths: Sequence[Path], tile: int | None) -> tuple[float, Plan]:
-        tiled = [
-            job if tile is None else dataclasses.replace(job, sizes={**job.sizes, ROWS: tile}, tiles=size[ROWS] / tile) for job in jobs
-        ]
-        orders = [choose(path, job)[1] for path, job in zip(paths, tiled, strict=True)]
+    def made(paths: Sequence[Path], tile: int | None) -> Plan:
+        orders = [choose(path, job.tiled(tile) if tile else job).orders for path, job in zip(paths, jobs, strict=True)]
         leaves = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[:count]]
         inner = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[count:]]
-        found = settled(Plan(network, sizes, grad, goal, search, _forest(paths, counts), (*leaves, *inner), tile, table))
-        return found.seconds, found
+        return settled(Plan(network, sizes, grad, goal, search, _forest(paths, counts), (*leaves, *inner), tile, table))
 
     paths = [choice[0] for choice in choices]
     plans = [made(paths, None)]
     for place, choice in enumerate(choices):
         for path in choice[1:]:
             plans.append(made([*paths[:place], path, *paths[place + 1 :]], None))
-            if best(plans[-1]) <= min(map(best, plans)):
+            if _cost(plans[-1]) <= min(map(_cost, plans)):
                 paths[place] = path
-    plans += [made(paths, tile) for tile in (_tiles(plans[0][1]) if goal == "time" else ())]
-    return min(plans, key=best)[1]
+    plans += [made(paths, tile) for tile in (_tiles(plans[0]) if goal == "time" else ())]
+    return min(plans, key=_cost)
 
 
 def _forest(paths: Sequence[Path], counts: Sequence[int]) -> Path:
@@ -539,50 +526,84 @@ def _forest(paths: Sequence[Path], counts: Sequence[int]) -> Path:
 def _plan(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
-    size, leaves, output = dict(sizes), leaf_axes(network), network.output.axes
-    needs = [term.name in grad for term in network.spec.operands]
-    paths = order.search(leaves, output, size, method=search, seed=seed)
-    job = Job(leaves, output, size, tuple(needs), table)
-    plans: list[tuple[float, Plan]] = []
+    job = _job(network, sizes, grad, table)
+    task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
+    return best_of(order.search(task, method=search, seed=seed), network, sizes, grad, goal, search, table)
 
-    def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
-        made = settled(Plan(network, sizes, grad, goal, search, path, orders, tile, table))
-        plans.append((made.seconds, made))
 
-    ranked = sorted((_all_flops(path, job) if goal == "flops" else 0, bound(path, job, repeated(network, path)), path) for path in paths)
-    for _, least, path in ranked[:_LAID_OUT]:
-        if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
-            break
-        add(path, choose(path, job)[1], None)
-    best = _flops if goal == "flops" else _seconds
-    for _, made in sorted(plans, key=best)[: 1 if goal == "flops" else _TILED]:
-        orders: tuple[Axes, ...] = ()
-        for tile in _tiles(made):
-            tiled = dataclasses.replace(job, sizes={**size, ROWS: tile}, tiles=size[ROWS] / tile)
-            orders = orders or choose(made.path, tiled)[1]
-            add(made.path, orders, tile)
-    _, chosen = min(plans, key=best)
-    others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
+def along(network: Network, path: Path, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], table: Machine) -> Plan:
+    """The plan of a tree that somebody else found: layouts and tiles are chosen as ever."""
+    task = _job(network, sizes, grad, table).task
+    return best_of(order.given(task, [path]), network, sizes, grad, "time", "given", table)
+
+
+def _job(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], table: Machine) -> Job:
+    needs = tuple(term.name in grad for term in network.spec.operands)
+    return Job.of(leaf_axes(network), network.output.axes, dict(sizes), needs, table)
+
+
+def best_of(
+    trees: order.Trees, network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine
+) -> Plan:
+    """Lay out the most promising trees, all rows at once and in tiles of rows, until a bound shows that no other can be better or enough
+    were tried."""
+    job, size = _job(network, sizes, grad, table), dict(sizes)
+    leaves, output = job.task.inputs, job.task.output
+    most = _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
+    found: dict[Candidate, tuple[Axes, ...]] = {(*entry, 0): orders for entry, orders in _lay_out(trees, job, goal, most)}
+    plain = all(term.axes == axes for term, axes in zip(network.spec.operands, leaves, strict=True))
+    tiles = [tile for tile in TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output and plain else []
+    if tiles:
+        streaming = sum(_streaming(leaves, [output], job.task.grads, size, table))
+        first = job.tiled(tiles[0])
+        again = trees.of(dataclasses.replace(first.task, weigh=trees.task.weigh), [min(found)[2]])
+        made = [(*entry, orders) for entry, orders in _lay_out(again, first, goal, (most + 1) // 2)]
+        with_rows = [entry for entry in made if any(ROWS in t for t in entry[3][len(leaves) : -1])]
+        for cost, _, path, orders in sorted(with_rows)[:_TILED_BEST]:
+            for tile in tiles:
+                seconds = price(path, orders, job.tiled(tile)) + streaming
+                found[cost if goal == "flops" else seconds, seconds, path, tile] = orders
+    best, *_ = sorted(found)
+    others = sorted((seconds, path, tile) for _, seconds, path, tile in found if (path, tile) != best[2:])[:_SHOWN]
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
-    return dataclasses.replace(chosen, floor=min(least for _, least, _ in ranked), others=shown)
+    floor = trees.least if goal == "time" else 0.0
+    made = Plan(network, sizes, grad, goal, search, best[2], found[best], best[3] or None, table, floor, shown)
+    return made if len(network.names) == len(leaves) else _with_equal_steps(made, trees, job)
 
 
-def _all_flops(path: Path, job: Job) -> int:
-    """FLOPs of a tree and of the gradients that are needed."""
-    axes, needs, total = [*job.inputs], list(job.grads), 0
-    for left, right, out in order.steps_of(path, job.inputs, job.output):
-        total += step_flops(axes[left], axes[right], job.sizes) * (1 + needs[left] + needs[right])
-        axes.append(out)
-        needs.append(needs[left] or needs[right])
-    return total
+def _with_equal_steps(plan: Plan, trees: order.Trees, job: Job) -> Plan:
+    """The plan, or a better one of a network that uses a tensor twice: some of its steps are equal and run once (see tn.sharing)."""
+    among = itertools.islice(trees.all(), _SHARING)
+    ranked = sorted((order.bound(path, trees.task, repeated(plan.network, path)), path) for path in among)
+    paths = dict.fromkeys([plan.path, *(path for _, path in ranked[: _LAID_OUT[0]])])
+    plans = [settled(plan)]
+    for path in paths:
+        whole = dataclasses.replace(plan, path=path, orders=choose(path, job).orders, tile=None)
+        plans.append(settled(whole))
+        tiles = _tiles(whole)
+        orders = choose(path, job.tiled(tiles[0])).orders if tiles else ()
+        plans += [settled(dataclasses.replace(whole, orders=orders, tile=tile)) for tile in tiles]
+    floor = min(plan.floor, ranked[0][0]) if plan.goal == "time" else 0.0
+    return dataclasses.replace(min(plans, key=_cost), floor=floor)
 
 
-def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
-    return entry[0], entry[1].flops
+def _lay_out(trees: order.Trees, job: Job, goal: str, most: int) -> Iterator[tuple[tuple[float, float, Path], tuple[Axes, ...]]]:
+    """((cost by the goal, seconds, tree), orders) of trees that can be the best, at most so many."""
+    best = math.inf
+    for path in itertools.islice(trees, most):
+        least = order.bound(path, trees.task)
+        if least < best * (1 + 1e-9):
+            seconds, orders, excess = choose(path, job)
+            trees.learn(path, excess)
+            cost = least if goal == "flops" else seconds
+            best = min(best, cost)
+            yield (cost, seconds, path), orders
 
 
-def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
-    return entry[1].flops + entry[1].backward_flops, entry[0]
+def _cost(plan: Plan) -> tuple[float, float]:
+    """What the goal minimises, then the other of seconds and FLOPs."""
+    flops = plan.flops + plan.backward_flops
+    return (flops, plan.seconds) if plan.goal == "flops" else (plan.seconds, flops)
 
 
 def _tiles(plan: Plan) -> list[int]:
@@ -592,3 +613,14 @@ def _tiles(plan: Plan) -> list[int]:
     if not plan.machine.tiles or not inner or outside or not plan.plain_leaves:
         return []
     return [tile for tile in TILES if 2 * tile <= plan.size[ROWS]]
+
+
+def _streaming(
+    leaves: Iterable[Axes], outputs: Iterable[Axes], grads: Iterable[bool], size: Mapping[str, int], table: Machine
+) -> tuple[float, float]:
+    """Seconds, forward and backward, that reading and writing whole tensors takes besides, when steps only see a tile of them."""
+    read, new = ([4 * volume(t, size) if ROWS in t else 0 for t in tensors] for tensors in (leaves, outputs))
+    made = [number for number, need in zip(read, grads, strict=True) if need]
+    forward = sum(map(table.traffic, read)) + sum(table.traffic(number, new=True) for number in new)
+    backward = sum(map(table.traffic, (*read, *new))) + sum(table.traffic(number, new=True) for number in made)
+    return forward, backward if made else 0.0

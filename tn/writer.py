@@ -192,9 +192,12 @@ class Writer:
             made = Value(name, order, memory)
             self.add(f"{call}, out={self.view(made, groups)})")
             return made
+        if p.kind == "dot":  # whose result takes the strides of its operands
+            self.add(f"{name} = {call}).contiguous()")
+            return Value(name, order, groups)
         self.add(f"{name} = {call})")
         made = Value(name, flat, groups)
-        return made if flat == order or (p.out == "native" and p.kind != "dot") else self.reorder(made, order, strided)
+        return made if flat == order or p.out == "native" else self.reorder(made, order, strided)
 
     def write(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
         """Write one step into an existing tensor."""
@@ -241,22 +244,19 @@ class Writer:
             a, b = (self._spread(value, order) for value in (left, right))
             return f"torch.mul({a}, {b}", tuple((axis,) for axis in order)
         if p.kind == "dot":
-            batch = (*p.batch, *p.left, *p.right)  # every kept axis beyond the batch has size one
-            a, b = (self._spread(value, batch, p.contracted) for value in (left, right))
-            return f"torch.sum({a} * {b}, -1, dtype={left.name}.dtype", tuple((axis,) for axis in batch)
+            a, b = (self._spread(value, (*order, *p.contracted)) for value in (left, right))
+            summed = tuple(range(-len(p.contracted), 0))
+            return f"torch.sum({a} * {b}, {summed}, dtype={left.name}.dtype", tuple((axis,) for axis in order)
         call, a, b, groups = self._matrices(left, right, p)
         if p.batch_on == "operands":
             return f"torch.sum(torch.{call}({a}, {b}), 0, dtype={left.name}.dtype", groups
         return f"torch.{call}({a}, {b}", groups
 
-    def _spread(self, value: Value, axes: Sequence[str], last: Axes = ()) -> str:
-        """The value with one dimension for each axis, of size one where it lacks the axis, and one for the group `last`."""
-        mine = [(axis,) for axis in axes if axis in value.order]
-        if last:
-            text = self.view(value, [*mine, last])
-        else:  # axes that are not wanted have size one
-            stored = [axis for axis in value.order if axis in axes]
-            text = self._reshape(value, [(axis,) for axis in stored]) + _permute([stored.index(axis) for (axis,) in mine])
+    def _spread(self, value: Value, axes: Sequence[str]) -> str:
+        """The value with one dimension for each axis, of size one where it lacks the axis. Its axes that are not wanted have size one."""
+        stored = [axis for axis in value.order if axis in axes]
+        mine = [axis for axis in axes if axis in value.order]
+        text = self._reshape(value, [(axis,) for axis in stored]) + _permute([stored.index(axis) for axis in mine])
         return text + "".join(f".unsqueeze({i})" for i, axis in enumerate(axes) if axis not in value.order)
 
     def _memory(self, order: Axes, groups: Sequence[Axes]) -> tuple[Axes, ...]:

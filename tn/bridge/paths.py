@@ -1,15 +1,14 @@
 """Contraction orders that somebody else found: paths read into pairs of SSA values, and plans along them."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from tn.errors import PathError, PlanError
-from tn.layout import Job, choose
 from tn.network import Network
 from tn.order import Path
 from tn.plan import Plan, plan
+from tn.plan import along as plans_along
 
 
 def to_pairs(path: Iterable[Sequence[int]], count: int) -> Path:
@@ -76,6 +75,4 @@ def along(
     if len(pairs) != count - 1:
         raise PlanError(f"an order of {len(pairs)} steps for {count} operands, expected {count - 1}")
     draft = plan(network, grad=grad, rows=rows, sizes=sizes, dtype=dtype, device=device, search="left_to_right")
-    needs = tuple(term.name in draft.grad for term in network.spec.operands)
-    _, orders = choose(pairs, Job(draft.leaves, network.output.axes, draft.size, needs, draft.machine))
-    return dataclasses.replace(draft, search="given", path=pairs, orders=orders, tile=None, floor=0.0, others=())
+    return plans_along(network, pairs, draft.sizes, draft.grad, draft.machine)

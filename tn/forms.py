@@ -40,7 +40,7 @@ class Form(NamedTuple):
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
-    moves: tuple[tuple[str, str] | None, ...]
+    moves: tuple[tuple[str, str, str] | None, ...]
     reads: str
 
 
@@ -185,12 +185,14 @@ def _only(group: str, order: str) -> str:
     return "".join([atom for atom in order if atom in group]) if len(group) > 1 else group
 
 
-def _move(source: str, target: str) -> tuple[str, str]:
-    """(the longest common end of two orders, the atoms that lie behind the target's last atom in the source)."""
+def _move(source: str, target: str) -> tuple[str, str, str]:
+    """(the longest common end of two orders, the atoms that lie behind the target's last atom in the source, and the other way round)."""
     length = 0
     while length < len(source) and source[-1 - length] == target[-1 - length]:
         length += 1
-    return source[len(source) - length :], source[source.index(target[-1]) + 1 :] if target else ""
+    if not target:
+        return "", "", ""
+    return source[len(source) - length :], source[source.index(target[-1]) + 1 :], target[target.index(source[-1]) + 1 :]
 
 
 def _scattered(order: str, batch: str) -> bool:

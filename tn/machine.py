@@ -20,6 +20,8 @@ EXTENTS = ((1, 4, 16, 64, 256, 1024), (1, 2, 4, 8, 16, 64, 256, 1024), (1, 4, 16
 SHAPES = tuple(itertools.product(*EXTENTS))
 READS = ("NN", "NT", "TN", "TT")  # how the two operands lie in memory: N has its last extent adjacent, T its first
 _PAGE = 4096  # bytes
+_STREAMS = 64  # places in memory that are read in turns and still prefetched
+_LINE, _SHARED = 64, 8 << 20  # bytes that memory is read by, and of a cache that keeps them until their next element is read
 _COLD = 3.0  # times as long takes a run that is not in cache (two CPU cores: 0.6 and 2 ns)
 FORMAT = 1  # of the JSON
 
@@ -102,14 +104,17 @@ class Machine:
         seconds = max(size - self.near, 0) / self.far
         return seconds + size / self.fresh if new and size >= self.paged else seconds
 
-    def reorder(self, size: int, runs: int, stride: int | None = None) -> float:
+    def reorder(self, size: int, runs: int, stride: int | None = None, apart: int = 1 << 10) -> float:
         """Seconds of copying a tensor of so many bytes into another order, in which so many runs of elements stay adjacent.
 
         Args:
-            stride: bytes between elements that become neighbours, where every run is one element. Within a page they are moved in blocks.
+            stride: bytes between elements that become neighbours, where every run is one element. Within a page they are moved in blocks,
+                unless what was read with an element is gone before its turn comes.
+            apart: elements between those that were neighbours. As few as there can be streams, and they are moved in blocks too.
         """
         seconds = 2 * size / self.copy + self.traffic(size) + self.traffic(size, new=True)
-        blocked = 0.25 if stride is not None and stride < _PAGE else 1.0
+        near = stride is not None and (apart <= _STREAMS or (stride < _PAGE and apart * _LINE <= _SHARED))
+        blocked = 0.25 if near else 1.0
         return seconds + runs * self.run * blocked * (_COLD if size > self.near else 1.0)
 
     @functools.cached_property

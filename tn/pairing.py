@@ -5,6 +5,7 @@ A value is a contiguous buffer with an axis order. A contraction C = A·B splits
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from tn.order import Axes
 
 _BYTES = 4
 _PART = 256.0  # rows of a part, see `ideal`
+_SHORT = 16  # elements that vector instructions take at once
 _SCATTER = 2.5  # times as long takes what lies out of cache when an item of a batch is not one block of memory (two CPU cores)
 
 
@@ -122,7 +124,7 @@ class Prices:
         self.contracts = not {*left} <= {*out}
         self._known: dict[tuple[str, str, str], float] = {}
         self._products: dict[tuple[bool, str, str], tuple[str, float]] = {}
-        self._moves: dict[tuple[int, tuple[str, str]], float] = {}
+        self._moves: dict[tuple[int, tuple[str, str, str]], float] = {}
 
     def seconds(self, left: str, right: str, out: str) -> float:
         """Seconds of the cheapest way."""
@@ -175,13 +177,13 @@ class Prices:
             seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
         return kind, seconds
 
-    def _move(self, which: int, move: tuple[str, str]) -> float:
+    def _move(self, which: int, move: tuple[str, str, str]) -> float:
         """Seconds of copying one of the three tensors."""
         found = self._moves.get((which, move))
         if found is None:
-            size, (length, stride) = self.sizes[which], map(self._product, move)
+            size, (length, stride, apart) = self.sizes[which], map(self._product, move)
             blocks = _BYTES * stride if length == 1 else None
-            found = self.machine.element + self.machine.reorder(size, size // _BYTES // max(length, 1), blocks)
+            found = self.machine.element + self.machine.reorder(size, size // _BYTES // max(length, 1), blocks, apart)
             self._moves[which, move] = found
         return found
 
@@ -199,11 +201,15 @@ class Prices:
         """An elementwise product in the order of the larger operand, as a new tensor, and its sum over K."""
         machine, (h, m, n, k) = self.machine, self.extents
         large, other = (left, right) if self.sizes[0] >= self.sizes[1] else (right, left)
-        small, size = min(self.sizes[:2]), _BYTES * h * m * n * k
+        elements = h * m * n * k
+        size = _BYTES * elements
         seconds = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams) + self.fresh
         seconds += machine.traffic(size) + machine.traffic(size, new=True)
         if large[-1:] in other and large[-1:] != other[-1:]:  # read against the grain
-            seconds += small / _BYTES * machine.run / 4
+            seconds += elements * machine.run
+        ends = [*itertools.takewhile(lambda atom: (atom in out) == (large[-1] in out), reversed(large))]
+        if self._product("".join(ends)) < _SHORT:  # of what is summed or kept, little lies together
+            seconds += elements * machine.run
         if "".join([atom for atom in large if atom in out]) != "".join([atom for atom in out if atom in large]):
             seconds += machine.element + machine.reorder(self.sizes[2], self.sizes[2] // _BYTES)
         return seconds

@@ -219,3 +219,27 @@ def test_one_layer_runs_another_plan_for_few_rows():
         for rows in (1, 31, 32, 511, 512, 3000):
             layer(torch.randn(rows, 64))
     assert sorted(key[-1] for key in layer._programs) == [0, 1, 2]
+
+
+def _like_einsum(network, equation, *operands):
+    run = tn.compile(tn.plan(network, grad=network.names, rows=len(operands[0])))
+    operands = [operand.double().requires_grad_() for operand in operands]
+    got, want = run(*operands), torch.einsum(equation, *operands)
+    assert torch.allclose(got, want)
+    cotangent = torch.randn_like(got)
+    for one, other in zip(*(torch.autograd.grad(value, operands, cotangent) for value in (got, want)), strict=True):
+        assert torch.allclose(one, other)
+
+
+def test_gradients_of_elementwise_products_are_products_summed_in_place():
+    network = tn.network("x: ... t i, w: t o i -> ... t o i", dict(t=40, i=60, o=4))
+    plan = tn.plan(network, grad=("x", "w"), rows=130)
+    assert [step.pairing.kind for step in (*plan.steps, *plan.backward_steps)] == ["multiply", "dot", "dot"] and plan.copies == 0
+    _like_einsum(network, "bti,toi->btoi", torch.randn(130, 40, 60), torch.randn(40, 4, 60))
+
+
+def test_a_small_operand_is_copied_where_a_large_one_would_be():
+    network = tn.network("x: ... i j, w: r j i o -> ... r o", dict(i=30, j=31, r=10, o=130))
+    (step,) = tn.plan(network, rows=6).steps
+    assert (step.pairing.batch_on, step.pairing.copy_left, step.pairing.copy_right) == ("right", True, False)
+    _like_einsum(network, "bij,rjio->bro", torch.randn(6, 30, 31), torch.randn(10, 31, 30, 130))

@@ -567,8 +567,8 @@ def best_of(
     others = sorted((seconds, path, tile) for _, seconds, path, tile in found if (path, tile) != best[2:])[:_SHOWN]
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
     floor = trees.least if goal == "time" else 0.0
-    made = Plan(network, sizes, grad, goal, search, best[2], found[best], best[3] or None, table, floor, shown)
-    return made if len(network.names) == len(leaves) else _with_equal_steps(made, trees, job)
+    chosen = Plan(network, sizes, grad, goal, search, best[2], found[best], best[3] or None, table, floor, shown)
+    return chosen if len(network.names) == len(leaves) else _with_equal_steps(chosen, trees, job)
 
 
 def _with_equal_steps(plan: Plan, trees: order.Trees, job: Job) -> Plan:

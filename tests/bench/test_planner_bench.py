@@ -25,7 +25,8 @@ def test_random_layers_are_the_same_every_time_and_within_their_limits():
 
 
 def _row(ratio, interval, predicted=1.0, what="forward"):
-    return {"case": f"random {ratio}", "what": what, "seconds": 1.0, "ratio": ratio, "settings": {"interval": interval, "predicted": predicted}}
+    settings = {"interval": interval, "predicted": predicted}
+    return {"case": f"random {ratio}", "what": what, "seconds": 1.0, "ratio": ratio, "settings": settings}
 
 
 def test_a_loss_is_a_whole_interval_beyond_five_percent():

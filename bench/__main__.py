@@ -3,7 +3,7 @@
 import sys
 
 import tn
-from bench import einsum, execution, flops, kernels, structures, throughput
+from bench import einsum, execution, flops, kernels, projection, structures, throughput
 from tn.errors import unknown
 from zoo.pipes import quiet_pipe
 
@@ -12,6 +12,7 @@ BENCHES = {
     "execution": execution,
     "flops": flops,
     "kernels": kernels,
+    "projection": projection,
     "structures": structures,
     "throughput": throughput,
 }

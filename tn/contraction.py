@@ -19,6 +19,7 @@ from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum")
 
+_TINY = 48 * 48  # elements of a matrix below which autograd over plain calls is faster than a Python function with a backward of its own
 _SMALL, _LARGE = (below for below, _ in SEGMENTS[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
@@ -52,8 +53,8 @@ def _is_tensor(value: object) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def program(plan: Plan, backend: str) -> Program | EinsumProgram:
-    """The Program of a plan; equal plans share one."""
-    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
+    """The Program of a plan, for "plain" one without the fast form; equal plans share one."""
+    return EinsumProgram(plan) if backend == "einsum" else Program(plan, own=backend != "plain")
 
 
 class _Compiled:
@@ -134,6 +135,8 @@ class Contraction(nn.Module):
         self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
+        outer = {axis for name in self._inputs for axis in self.network.term(name).axes} | set(self.network.output.axes)
+        self._tiny = math.prod(size for axis, size in self.network.sizes.items() if axis in outer) <= _TINY
         sizes = SEGMENTS if self._lead else ((math.inf, None),)
         runs = [_Compiled(program(self.plan(rows), "planned")) for _, rows in sizes]
         # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
@@ -172,6 +175,10 @@ class Contraction(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """inputs in spec order → the contraction, plus the bias."""
+        if self._merged is not None and len(inputs) == 1 and isinstance(inputs[0], Tensor) and not torch.compiler.is_compiling():
+            merged = self._merged(inputs[0])
+            if merged is not None:
+                return merged
         result = self._contract(*inputs)
         parameters: dict[str, Any] = self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look the slow attribute up always)
@@ -187,7 +194,6 @@ class Contraction(nn.Module):
         operands = [
             next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
         ]
-        stored = operands
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
         first, lead = operands[0], self._lead
@@ -198,10 +204,6 @@ class Contraction(nn.Module):
             return next(run for below, run in self._compiled if rows < below)(operands)
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
         segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
-        if self._merged is not None and grads is None and not self.training and not torch._C._are_functorch_transforms_active():
-            merged = self._merged(stored, operands, segment)
-            if merged is not None:
-                return self._shaped(merged)
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
@@ -210,11 +212,6 @@ class Contraction(nn.Module):
         if tracing.recording():
             self._record(run.plan, operands, result)
         return result
-
-    def _shaped(self, merged: Tensor) -> Tensor:
-        """(..., outputs) in the stored shape of the output."""
-        dims = [dim for dim in self.network.output.dims if dim != (ROWS,)]
-        return merged.reshape(*merged.shape[:-1], *(math.prod(self.network.sizes[axis] for axis in dim) for dim in dims))
 
     def refresh(self) -> None:
         """Inside `tn.frozen`: forget the merged matrix, after a write through `.data`, which nothing can notice."""
@@ -233,7 +230,8 @@ class Contraction(nn.Module):
     ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
         rows = (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
-        return program(plan(self.network, grad=wanted, rows=rows, dtype=dtype, device=device), backend)
+        made = plan(self.network, grad=wanted, rows=rows, dtype=dtype, device=device)
+        return program(made, "plain" if backend == "planned" and grads is not None and self._tiny else backend)
 
     def _record(self, used: Plan, operands: list[Tensor], result: Tensor) -> None:
         sizes = self.network.bind([t.shape for t in operands])

@@ -37,20 +37,23 @@ _OURS = re.compile(
 class Program:
     """Runs a Plan. Make one with `tn.compile`; call it with one tensor per name of the network, in spec order.
 
+    Args:
+        plan: what to run. own: whether to have a fast form where it is worth having.
+
     Attributes:
         plan: what it runs. source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
         plain: the plain form, called with the operands. fast: the fast form, which returns the result and what the gradient needs; None
             where the plain form is as good.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, own: bool = True) -> None:
+        self.plan, self.own = plan, own
         self.names = plan.network.names
         self._code = _with_safe_names(plan)
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan):
+        if own and _worth_owning(plan):
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -105,7 +108,7 @@ class Program:
         return f"Program({self.plan.network.spec})"
 
     def __reduce__(self):
-        return Program, (self.plan,)
+        return Program, (self.plan, self.own)
 
 
 class _Owned(torch.autograd.Function):

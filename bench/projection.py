@@ -149,9 +149,9 @@ def main(arguments: list[str]) -> int:
         tn.project(matrix("gaussian", 0), structure=case.split(" ")[0], **CASES[case])  # first calls import and plan
         alone = one_by_one(case, given.steps)
         for kind in given.kind:
-            rows = list(fit_rows(case, kind, given.matrices, given.steps, alone))
-            append(rows, given.out)
-            found += rows
+            for row in fit_rows(case, kind, given.matrices, given.steps, alone):
+                append([row], given.out)  # at once: a sweep takes an hour
+                found.append(row)
     console = wide_console()
     console.print(_table(found))
     console.print(f"rows: {given.out}", highlight=False)

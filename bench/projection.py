@@ -30,7 +30,7 @@ _REPEATS = 3  # of our projection, whose median counts
 _LOOK = 50  # steps from one reading of the distance to the next; the best reading counts
 
 
-def matrix(kind: str, seed: int, shape: tuple[int, int] = SHAPE) -> Tensor:
+def matrix(kind: str, seed: int, shape: tuple[int, int]) -> Tensor:
     """A normal matrix (out, in), or one with random singular vectors and the k-th singular value k^-0.7 ("spectrum")."""
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if kind == "gaussian":
@@ -90,7 +90,7 @@ def fit_rows(case: str, kind: str, count: int, steps: int, alone: float) -> Iter
         alone: seconds that fifteen fits take one by one: the time of the fits is this or that of the batch, whichever is less.
     """
     for seed in range(count):
-        weight, times = matrix(kind, seed), []
+        weight, times = matrix(kind, seed, SHAPE), []
         for _ in range(_REPEATS):
             begun = time.perf_counter()
             found = tn.project(weight, structure=case.split(" ")[0], **CASES[case])
@@ -120,8 +120,8 @@ def fit_rows(case: str, kind: str, count: int, steps: int, alone: float) -> Iter
 
 def one_by_one(case: str, steps: int) -> float:
     """Seconds of all fits one after the other, from a few steps of one."""
-    weight = matrix("gaussian", 0)
-    built = tn.structures.get(case.split(" ")[0]).build(*reversed(SHAPE), tn.structures.Options(**CASES[case]))
+    weight = matrix("gaussian", 0, SHAPE)
+    built = tn.structures.get(case.split(" ")[0]).build(SHAPE[1], SHAPE[0], tn.structures.Options(**CASES[case]))
     fit, few = AdamFits(built, weight, RATES[:1], 0), 20
     fit.run(few)
     begun = time.perf_counter()
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"takes at least 1 matrix and {_LOOK} steps, got {given.matrices} and {given.steps}")
     found: list[Row] = []
     for case in given.family:
-        tn.project(matrix("gaussian", 0), structure=case.split(" ")[0], **CASES[case])  # first calls import and plan
+        tn.project(matrix("gaussian", 0, SHAPE), structure=case.split(" ")[0], **CASES[case])  # first calls import and plan
         alone = one_by_one(case, given.steps)
         for kind in given.kind:
             for row in fit_rows(case, kind, given.matrices, given.steps, alone):

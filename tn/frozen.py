@@ -44,7 +44,7 @@ class _Merged:
         if torch._C._is_any_autocast_enabled():
             (x,) = autocast((x,))
         parameters, buffers = layer._parameters, layer._buffers
-        stored = [parameters.get(name) for name in self.names]
+        stored: list[Tensor | None] = [parameters.get(name) for name in self.names]
         if self.buffers:
             stored += [buffers.get(name) for name in self.buffers]
         held = self.held

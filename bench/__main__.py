@@ -3,7 +3,7 @@
 import sys
 
 import tn
-from bench import einsum, execution, flops, kernels, planner, structures, throughput
+from bench import einsum, execution, flops, kernels, planner, projection, structures, throughput
 from tn.errors import unknown
 from zoo.pipes import quiet_pipe
 
@@ -13,6 +13,7 @@ BENCHES = {
     "flops": flops,
     "kernels": kernels,
     "planner": planner,
+    "projection": projection,
     "structures": structures,
     "throughput": throughput,
 }

@@ -131,9 +131,12 @@ def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
 
 
 def linear_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row]:
-    """A BTT layer beside `nn.Linear`: modules with bias, forward alone and with the gradients of input and parameters."""
+    """A BTT layer beside `nn.Linear`: modules with bias, forward alone, with the gradients of input and parameters, and in `tn.frozen`."""
     layer, dense = tn.StructuredLinear(width, width, structure="btt", rank=rank), nn.Linear(width, width)
-    yield from _beside("Linear", layer, dense, "nn.Linear", torch.randn(rows, width), rounds, f"BTT {width} rank {rank}")
+    x, case = torch.randn(rows, width), f"BTT {width} rank {rank}"
+    yield from _beside("Linear", layer, dense, "nn.Linear", x, rounds, case)
+    with tn.frozen(layer.eval()):
+        yield from _beside("Linear, frozen", layer, dense, "nn.Linear", x, rounds, case, gradients=False)
 
 
 def compiled_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row]:
@@ -148,7 +151,9 @@ def compiled_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row
     yield from _beside("compiled", compiled, mlp, "eager", x, rounds, f"BTT MLP {width} rank {rank}")
 
 
-def _beside(kind: str, model: nn.Module, other: nn.Module, peer: str, x: Tensor, rounds: int, case: str) -> Iterator[Row]:
+def _beside(
+    kind: str, model: nn.Module, other: nn.Module, peer: str, x: Tensor, rounds: int, case: str, *, gradients: bool = True
+) -> Iterator[Row]:
     """A row for each pass of a model beside another one."""
     tracked, cotangent = x.clone().requires_grad_(), torch.ones_like(x)
 
@@ -163,7 +168,7 @@ def _beside(kind: str, model: nn.Module, other: nn.Module, peer: str, x: Tensor,
         tensors = [tracked, *model.parameters()]
         return lambda: torch.autograd.grad(model(tracked), tensors, cotangent)
 
-    for what, make in (("forward", forward), ("forward + backward", both)):
+    for what, make in (("forward", forward), ("forward + backward", both))[: 1 + gradients]:
         times = interleaved({"tn": make(model), peer: make(other)}, rounds=rounds, least_seconds=0.005)
         (low, high), ratio = times["tn"].quartiles, times["tn"].faster_than(times[peer])
         values = {"seconds": times["tn"].median, "low": low, "high": high, "ratio": ratio}

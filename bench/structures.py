@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import math
 import resource
 from collections.abc import Callable, Iterator
@@ -100,20 +101,26 @@ def _flops(layer: nn.Module, width: int) -> int:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Times faster than nn.Linear against the share of its parameters, both logarithmic."""
+    """Times faster than nn.Linear, a line for each layer and a mark for each width and number of rows."""
     from matplotlib.figure import Figure  # late: only when a picture is wanted
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2, sharey=True), PASSES, strict=True):
-        for row in rows:
-            if row.what == what and row.ratio and not row.case.startswith("nn.Linear"):
-                share = row.bytes / (4 * int(str(row.settings["width"])) ** 2)
-                axes.plot(share, row.ratio, "o", markersize=4)
-                axes.annotate(f"{row.case}, {row.tokens}", (share, row.ratio), fontsize=5)
-        axes.axhline(1, color="gray", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="parameters, share of dense", title=what)
-    figure.axes[0].set_ylabel("times faster than nn.Linear")
-    figure.savefig(path, dpi=150)
+    shown = [row for row in rows if row.ratio and not row.case.startswith("nn.Linear")]
+    names = list(dict.fromkeys(row.case.rpartition(" ")[0] for row in shown))
+    kinds = list(dict.fromkeys((int(str(row.settings["width"])), row.tokens) for row in shown))
+    figure = Figure(figsize=(10, 1.6 + 0.32 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(PASSES), sharex=True, sharey=True)
+    for axes, what in zip(panels, PASSES, strict=True):
+        for kind, mark in zip(kinds, itertools.cycle("osD^v<>P"), strict=False):
+            points = [row for row in shown if row.what == what and (row.settings["width"], row.tokens) == kind]
+            places = [names.index(row.case.rpartition(" ")[0]) for row in points]
+            axes.plot([row.ratio for row in points], places, mark, markersize=5, label=f"width {kind[0]}, {kind[1]} rows")
+        axes.axvline(1, color="gray", linewidth=0.8)
+        axes.set(xscale="log", xlabel="times faster than nn.Linear", title=what)
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(alpha=0.3)
+    panels[0].invert_yaxis()
+    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,7 @@ from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum", "triton")
 
+_TINY = 48 * 48  # elements of a matrix below which autograd over plain calls is faster than a Python function with a backward of its own
 _SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
@@ -148,6 +149,8 @@ class Contraction(nn.Module):
         self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
+        outer = {axis for name in self._inputs for axis in self.network.term(name).axes} | set(self.network.output.axes)
+        self._tiny = math.prod(size for axis, size in self.network.sizes.items() if axis in outer) <= _TINY
         self._cells = cells(self.network)
         kind = "triton" if self.backend == "triton" else "planned"
         runs = [_Compiled(self.plan(sizes=self._cells.sizes(cell)), kind) for cell in range(len(self._cells))]
@@ -199,6 +202,10 @@ class Contraction(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """inputs in spec order → the contraction, plus the bias; several outputs as a tuple in spec order."""
+        if self._merged is not None and len(inputs) == 1 and isinstance(inputs[0], Tensor) and not torch.compiler.is_compiling():
+            merged = self._merged(inputs[0])
+            if merged is not None:
+                return merged
         result = self._contract(*inputs)
         parameters: dict[str, Any] = self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look the slow attribute up always)
@@ -214,7 +221,6 @@ class Contraction(nn.Module):
         operands = [
             next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
         ]
-        stored = operands
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
         first, lead = operands[0], self._lead
@@ -230,10 +236,6 @@ class Contraction(nn.Module):
             segment = self._cells.find(operands) if self._cells.groups else 0
         else:
             segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
-        if self._merged is not None and grads is None and not self.training and not torch._C._are_functorch_transforms_active():
-            merged = self._merged(stored, operands, segment)
-            if merged is not None:
-                return self._shaped(merged)
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
@@ -242,11 +244,6 @@ class Contraction(nn.Module):
         if tracing.recording():
             self._record(run.plan, operands, result)
         return result
-
-    def _shaped(self, merged: Tensor) -> Tensor:
-        """(..., outputs) in the stored shape of the output."""
-        dims = [dim for dim in self.network.output.dims if dim != (ROWS,)]
-        return merged.reshape(*merged.shape[:-1], *(math.prod(self.network.sizes[axis] for axis in dim) for dim in dims))
 
     def refresh(self) -> None:
         """Inside `tn.frozen`: forget the merged matrix, after a write through `.data`, which nothing can notice."""
@@ -264,7 +261,8 @@ class Contraction(nn.Module):
         self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str, segment: int
     ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
-        return program(plan(self.network, grad=wanted, sizes=self._cells.sizes(segment), dtype=dtype, device=device), backend)
+        made = plan(self.network, grad=wanted, sizes=self._cells.sizes(segment), dtype=dtype, device=device)
+        return program(made, "plain" if backend == "planned" and grads is not None and self._tiny else backend)
 
     def _record(self, used: Plan, operands: list[Tensor], result: Any) -> None:
         sizes = self.network.bind([t.shape for t in operands])

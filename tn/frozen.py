@@ -6,79 +6,110 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tn.contraction import Contraction, program
+from tn.contraction import Contraction
 from tn.errors import OperatorError
-from tn.network import Network
+from tn.linear import StructuredLinear
 from tn.plan import plan
+from tn.program import autocast
+from tn.segments import ROW_RANGES
 from tn.spec import ROWS
 
+_SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
 _CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
 
 
 class _Merged:
-    """The matrix of a layer with one input, kept while its cores stay as they are."""
+    """The matrix of a layer with one input, kept while its parameters and buffers stay as they are."""
 
     def __init__(self, layer: Contraction) -> None:
         self.layer, network = layer, layer.network
-        self.place = network.names.index(network.inputs[0])
-        self.shape = [math.prod(network.sizes[axis] for axis in dim) for dim in network.term(network.inputs[0]).dims[1:]]
-        self.d_in, self.d_out = math.prod(self.shape), math.prod(network.sizes[axis] for axis in network.output.axes if axis != ROWS)
-        self.held: list[tuple[Tensor, int, int]] = []  # the cores it was made of, with their version and address
-        self.matrices: dict[torch.dtype, Tensor] = {}
+        dims = network.term(network.inputs[0]).dims[1:]
+        shape = tuple(math.prod(network.sizes[axis] for axis in dim) for dim in dims)
+        self.shape = (layer.in_features,) if isinstance(layer, StructuredLinear) else shape  # of a row; less than the network's if padded
+        outs = math.prod(network.sizes[axis] for axis in network.output.axes if axis != ROWS)
+        self.d_in, self.d_out = math.prod(self.shape), layer.out_features if isinstance(layer, StructuredLinear) else outs
+        self.names = [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]
+        self.buffers = [name for name, _ in layer.named_buffers(recurse=False)]
+        self.held: list[tuple[Tensor, int, int]] = []  # the tensors it was made of, with their version and address
+        self.matrices: dict[torch.dtype, tuple[Tensor, torch.Size]] = {}  # dtype computed in → (out, in), shape of a row of the result
         self.wins: dict[tuple, bool] = {}
 
-    def __call__(self, stored: list[Tensor], operands: list[Tensor], segment: int) -> Tensor | None:
-        """The result by one product, or None where the contraction is predicted to be faster.
-
-        Args:
-            stored: the operands as they are kept. operands: in the dtype to compute in. segment: which range of rows the call is in.
-        """
-        x, place = operands[self.place], self.place
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The layer's result by one product, or None where the contraction is predicted to be faster or has to run."""
+        layer, shape = self.layer, self.shape
+        if layer.training or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or x.shape[-len(shape) :] != shape:
+            return None
+        if torch._C._is_any_autocast_enabled():
+            (x,) = autocast((x,))
+        parameters, buffers = layer._parameters, layer._buffers
+        stored: list[Tensor | None] = [parameters.get(name) for name in self.names]
+        if self.buffers:
+            stored += [buffers.get(name) for name in self.buffers]
+        held = self.held
+        if len(held) != len(stored) or any(
+            kept is not tensor or version != tensor._version or address != tensor.data_ptr()
+            for (kept, version, address), tensor in zip(held, stored, strict=True)
+        ):
+            if any(tensor is None or tensor.is_inference() for tensor in stored):  # replaced by a parametrisation; without a version
+                return None
+            self.held, self.matrices = [(tensor, tensor._version, tensor.data_ptr()) for tensor in stored if tensor is not None], {}
+        bias, rows = parameters["bias"], x.numel() // self.d_in
+        segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
         key = (x.dtype, x.device, segment)
         wins = self.wins.get(key)
         if wins is None:
-            wins = self.wins[key] = self._wins(x, self.layer._cells.sizes(segment)[ROWS])
-        cores = [tensor for i, tensor in enumerate(stored) if i != place]
-        if not wins or any(core.is_inference() or operand.dtype is not x.dtype for core, operand in zip(stored, operands, strict=True)):
+            wins = self.wins[key] = self._wins(x, ROW_RANGES[segment][1])
+        if not wins:
             return None
-        held = self.held
-        if len(held) != len(cores) or any(
-            kept is not core or version != core._version or address != core.data_ptr()
-            for (kept, version, address), core in zip(held, cores, strict=True)
-        ):
-            self.held, self.matrices = [(core, core._version, core.data_ptr()) for core in cores], {}
-        matrix = self.matrices.get(x.dtype)
-        if matrix is None:
-            matrix = self.matrices[x.dtype] = self._merge(cores, x.dtype)
-        return nn.functional.linear(x.reshape(*x.shape[: x.dim() - len(self.shape)], self.d_in), matrix)
+        found = self.matrices.get(x.dtype)
+        if found is None:
+            found = self.matrices[x.dtype] = self._merge(x.dtype)
+        matrix, out = found
+        if len(shape) == len(out) == 1:
+            return linear(x, matrix, bias)
+        result = linear(x.reshape(*x.shape[: x.dim() - len(shape)], self.d_in), matrix)
+        result = result.reshape(*result.shape[:-1], *out)
+        return result if bias is None else result + bias.to(result.dtype)
 
     def refresh(self) -> None:
         """Forget the matrix."""
         self.matrices = {}
 
     def _wins(self, x: Tensor, rows: int) -> bool:
+        core = next(self.layer.parameters())
+        if not x.is_floating_point() or (core.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            return False
         contraction = plan(self.layer.network, rows=rows, dtype=x.dtype, device=x.device)
         table = contraction.machine
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
-        return x.is_floating_point() and dense < contraction.seconds + _CALLS * table.element
+        return dense < contraction.seconds + _CALLS * table.element
 
-    def _merge(self, cores: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """(out, in): the contraction of the identity, in at least fp32."""
-        first = cores[0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        run = program(plan(self.layer.network, rows=self.d_in, dtype=wide, device=first.device), "planned")
-        operands = [core.detach().to(wide) for core in cores]
-        operands.insert(self.place, torch.eye(self.d_in, dtype=wide, device=first.device).reshape(self.d_in, *self.shape))
-        with torch.autocast(first.device.type, enabled=False):
-            return run(*operands).reshape(self.d_in, self.d_out).mT.contiguous().to(dtype)
+    def _merge(self, dtype: torch.dtype) -> tuple[Tensor, torch.Size]:
+        """What the layer makes of the identity, in at least fp32."""
+        layer = self.layer
+        core = next(layer.parameters())
+        wide = torch.promote_types(core.dtype, torch.float32)
+        state = {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in layer.state_dict().items()}
+        if layer.bias is not None:
+            state["bias"] = torch.zeros_like(state["bias"])
+        eye = torch.eye(self.d_in, dtype=wide, device=core.device).reshape(self.d_in, *self.shape)
+        layer._merged = None
+        try:
+            with torch.autocast(core.device.type, enabled=False):
+                result = torch.func.functional_call(layer, state, (eye,))
+        finally:
+            layer._merged = self
+        return result.flatten(1).mT.contiguous().to(dtype), result.shape[1:]
 
 
-def _is_matrix(network: Network) -> bool:
-    """Whether the network is a matrix applied to the rows of its one input."""
+def _is_matrix(layer: Contraction) -> bool:
+    """Whether the layer is a matrix applied to the rows of its one input."""
+    network = layer.network
     roles = len(network.inputs) == 1 and bool(network.cores) and not network.consts and len(network.names) == len(network.spec.operands)
-    if not roles or network.dynamic != (ROWS,) or len(network.parts) > 1:
+    if not roles or network.dynamic != (ROWS,) or len(network.parts) > 1 or getattr(layer, "experts", None) is not None:
         return False
     return all(ROWS in term.axes for term in (network.term(network.inputs[0]), network.output))
 
@@ -106,7 +137,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     if model.training:
         raise OperatorError("tn.frozen evaluates a model with frozen weights, this one is in training mode; call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, Contraction)]
-    ours = [layer for layer in layers if layer._merged is None and _is_matrix(layer.network)]  # an outer block keeps its own
+    ours = [layer for layer in layers if layer._merged is None and _is_matrix(layer)]  # an outer block keeps its own
     for layer in ours:
         layer._merged = _Merged(layer)
 

@@ -41,27 +41,27 @@ _OURS = re.compile(
 class Program:
     """Runs a Plan. Make one with `tn.compile`; call it with one tensor per name of the network, in spec order.
 
+    Args:
+        plan: what to run. own: whether to have the fast form; where it is worth having if None.
+
     Attributes:
         plan: what it runs. outputs: how many results; with several, a call returns a tuple in spec order.
         source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
         plain: the plain form, called with the operands. fast: the fast form, which returns the results and what the gradient needs; None
             where the plain form is as good.
-
-    Args:
-        own: have the fast form in any case.
     """
 
-    def __init__(self, plan: Plan, own: bool = False) -> None:
+    def __init__(self, plan: Plan, own: bool | None = None) -> None:
         if plan.slices:
             raise PlanError("a plan with slices runs through tn.compile")
-        self.plan = plan
+        self.plan, self.own = plan, own
         self.names = plan.network.names
         self.outputs = len(plan.results)
         self._code = _with_safe_names(plan)
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if own or _worth_owning(plan):
+        if _worth_owning(plan) if own is None else own:
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -121,7 +121,7 @@ class Program:
         return f"Program({self.plan.network.spec})"
 
     def __reduce__(self):
-        return Program, (self.plan,)
+        return Program, (self.plan, self.own)
 
 
 class _Owned(torch.autograd.Function):
@@ -243,12 +243,12 @@ def program(plan: Plan, backend: str) -> "Program | EinsumProgram":
 
     Args:
         backend: "planned" takes operators where the plan's table has them measured faster than torch; "triton" takes them for every step;
-            "einsum" is the readable reference.
+            "plain" never has a fast form; "einsum" is the readable reference.
 
     Raises:
         OperatorError: "triton", and some step that no operator runs, with every reason.
     """
-    if backend == "einsum" or plan.device == "meta":
+    if backend in ("einsum", "plain") or plan.device == "meta":
         return _unbound(plan, backend)
     if usable(plan.device):
         return _bound(plan, backend, plan.dtype, plan.device)
@@ -259,7 +259,7 @@ def program(plan: Plan, backend: str) -> "Program | EinsumProgram":
 
 @functools.lru_cache(maxsize=4096)
 def _unbound(plan: Plan, backend: str) -> "Program | EinsumProgram":
-    return EinsumProgram(plan) if backend == "einsum" else Program(plan)
+    return EinsumProgram(plan) if backend == "einsum" else Program(plan, own=False if backend == "plain" else None)
 
 
 @functools.lru_cache(maxsize=4096)

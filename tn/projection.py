@@ -1,7 +1,9 @@
 """The nearest structured matrix to a given one: closed forms where they exist, alternating least squares otherwise."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from tn.linear import StructuredLinear
 from tn.projection_als import Fit
 from tn.projection_permute import search
 from tn.projection_svd import as_tensor, separable, split
-from tn.structures.budget import fit
+from tn.structures.budget import fit, full_ranks
 from tn.structures.registry import Built, Factors, Options, Rank
 
 _SWEEPS = 200
+_ROUNDING = 1e-9  # of the energy, which is computed from cores in the weight's dtype
 _RIDGE = 1e-8  # of the mean of a Gram matrix's diagonal: inputs that never occur still count a little
 
 
@@ -60,6 +63,7 @@ def project(
     theta: str | tuple[float, ...] | None = None,
     match: str | None = None,
     budget: float | None = None,
+    energy: float | None = None,
     gram: Tensor | None = None,
     permute: bool = False,
     start: Mapping[str, Tensor] | None = None,
@@ -70,6 +74,7 @@ def project(
     Args:
         weight: (out, in), floating, finite.
         structure, rank, factors, cores, blocks, theta, match, budget: as in `tn.StructuredLinear`.
+        energy: take the smallest rank that keeps this share of ‖W‖² (or ‖W Xᵀ‖²), found by bisection.
         gram: (in, in) XᵀX of the inputs X (rows, in) the layer sees: then ‖X (W − A)ᵀ‖ is minimised instead, as SVD-LLM
             (arXiv:2403.07378) does for low rank.
         permute: also search for an order of the inputs that suits the blocks, for block_diagonal, monarch and two-core btt.
@@ -91,6 +96,12 @@ def project(
     out_features, in_features = weight.shape
     family = structures.get(structure)
     options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
+    if energy is not None:
+        shape: dict[str, Any] = dict(structure=structure, factors=factors, cores=cores, blocks=blocks, theta=theta)
+        how: dict[str, Any] = dict(gram=gram, permute=permute, start=start, sweeps=sweeps)
+        if rank is not None or match is not None or "rank" not in family.takes:
+            raise ProjectionError(f"energy={energy} chooses the rank: leave out rank= and match=, and take a structure that has one")
+        return _with_energy(weight, energy, family, options, lambda rank: project(weight, rank=rank, **shape, **how))
     built = fit(family, in_features, out_features, options, match=match, budget=budget)
     if family.gated:
         raise ProjectionError(f"{structure} is no linear map: which matrix it applies depends on the input")
@@ -107,6 +118,21 @@ def project(
         norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
     error = norms[0] / norms[1] if norms[1] else norms[0]
     return Projection(structure, stored, net.sizes, order, error, 1 - error**2, built, (out_features, in_features))
+
+
+def _with_energy(
+    weight: Tensor, energy: float, family: structures.Structure, options: Options, at: Callable[[int], Projection]
+) -> Projection:
+    """The projection of the smallest rank that keeps so much of the squared norm."""
+    if isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1:
+        raise ProjectionError(f"energy is {energy!r}, expected a share above 0 and at most 1")
+    low, high = 1, max(full_ranks(family, family.build(weight.shape[1], weight.shape[0], dataclasses.replace(options, rank=1))))
+    best = None
+    while low < high:
+        middle = (low + high) // 2
+        found = at(middle)
+        low, high, best = (low, middle, found) if found.energy >= energy - _ROUNDING else (middle + 1, high, best)
+    return best if best is not None and best.built.rank == low else at(low)
 
 
 def _order(weight: Tensor, built: Built) -> Tensor:

@@ -21,7 +21,7 @@ Operand = tuple[Tensor, Axes]
 
 _DAMPING = 1e-9  # of the mean eigenvalue: enough to make the normal equations definite in float64
 _DIRECT = 1024  # unknowns a core may couple before conjugate gradients take over from factorisation
-_CG_STEPS = 30
+_CG_STEPS = 10
 _AHEAD = 0.5  # how far beyond its last result, in units of its last change, the second sweep starts
 _WHITE = "white axis"  # no axis word has a space
 
@@ -51,10 +51,15 @@ class Fit:
         self.fixed: list[Operand] = []
         self.open = self.axes
         self.rest: Tensor | float = 0.0
+        self.gram: Operand | None = None  # white · whiteᵀ
         if white is not None:
             ins, outs, _ = axes_of(net)
             self.open = (*(axis for axis in self.axes if axis in outs), _WHITE)
             self.fixed = [(white.reshape(*(net.sizes[axis] for axis in ins), -1), (*ins, _WHITE))]
+            self.smooth = tuple(axis if axis in outs else axis + "'" for axis in self.axes)  # of a matrix times the Gram matrix
+            twin = (self.fixed[0][0], tuple(axis if axis in outs or axis == _WHITE else axis + "'" for axis in self.fixed[0][1]))
+            axes = (*ins, *(axis + "'" for axis in ins if axis not in outs))
+            self.gram = einsum([*self.fixed, twin], axes), axes
             unreachable = matrix.clone()  # elements that are zero in every member; whitened, they mix with the others
             as_tensor(net, unreachable)[0].zero_()
             rows = (unreachable @ white).reshape(*(net.sizes[axis] for axis in outs), -1)
@@ -107,9 +112,13 @@ class Fit:
     def _conjugate(self, others: list[Operand], made: Axes, shape: torch.Size, right: Tensor, old: Tensor) -> Tensor:
         """A few conjugate-gradient steps on the normal equations from the old value; each one brings the distance down."""
 
+        cores = [operand for operand in others if operand[1][-1] != _WHITE]
+
         def apply(core: Tensor) -> Tensor:
-            whole = einsum([(core.reshape(shape), made), *others], self.open)
-            return einsum([(whole, self.open), *others], made).reshape(core.shape)
+            whole = einsum([(core.reshape(shape), made), *cores], self.axes)
+            if self.gram is not None:
+                whole = einsum([(whole, self.axes), self.gram], self.smooth)
+            return einsum([(whole, self.axes), *cores], made).reshape(core.shape)
 
         x = old.clone()
         residual = right - apply(x)

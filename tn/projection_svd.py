@@ -72,6 +72,15 @@ def split(net: Network, tensor: Tensor, axes: Axes) -> dict[str, Tensor]:
     return found
 
 
+def unfolded(net: Network, tensor: Tensor, axes: Axes) -> Tensor:
+    """(batch, left, right) of a tensor with the given axes: matrices whose largest singular values the two cores of a network keep."""
+    first, second = (set(net.term(name).axes) for name in net.cores)
+    groups = [[i for i, axis in enumerate(axes) if (axis in first, axis in second) == side] for side in ((True, True), (True, False))]
+    right = [i for i, axis in enumerate(axes) if axis not in first]
+    sizes = [math.prod(tensor.shape[i] for i in group) for group in (*groups, right)]
+    return tensor.permute([*groups[0], *groups[1], *right]).reshape(sizes)
+
+
 def _halves(tensor: Tensor, have: Axes, groups: Sequence[Axes], bonds: list[int], *, last: bool) -> tuple[Tensor, Tensor]:
     """(batch, left, bonds) and (batch, bonds, right) whose product over the bonds is nearest to the tensor."""
     batch, left, right = ([tensor.shape[have.index(axis)] for axis in group] for group in groups)

@@ -14,9 +14,10 @@ from tn import structures
 from tn.errors import StructureError, TnError, unknown
 from tn.linear import StructuredLinear
 from tn.projection import project
+from tn.projection_ranks import spread
 from tn.replaceable import features, is_conv1d, is_linear, matrix, replace, roles
 from tn.saved_structure import remember
-from tn.structures.registry import Built, Factors, Rank
+from tn.structures.registry import Built, Factors, Options, Rank
 
 # torch modules that use the `weight` of their linear children without calling them
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -106,7 +107,8 @@ def restructure(
     Args:
         model: any module; `nn.Linear`, `tn.StructuredLinear` and transformers' `Conv1D` layers can be replaced.
         structure, factors, cores, blocks, theta, match, budget, clamp: as in `tn.StructuredLinear`. rank: too, or a mapping from globs over
-            paths to ranks, the first that matches.
+            paths to ranks, the first that matches. With init="project", a budget without match is one for all layers together, a share
+            of their parameters, and each layer's rank follows from its singular values (two-core structures).
         layers: "all", "all_but_last", "ffn", "attn" or "head" (by the `tn_role` of a layer, or its path in Hugging Face's GPT-2, LLaMA and
             ViT; the last layer without a role is the head), a path or a glob over paths such as "blocks.*.mlp.*", several of them, or a
             predicate (path, module) → bool.
@@ -131,6 +133,12 @@ def restructure(
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
+    if init == "project" and budget is not None and match is None:
+        if rank is not None:
+            raise StructureError(f"budget={budget} chooses the ranks: leave out rank={rank}")
+        options = Options(factors=factors, cores=cores, blocks=blocks, theta=theta)
+        ranks.update(spread(structure, {path: matrix(layer) for path, layer in chosen.items()}, options, budget))
+        shared["budget"] = None
     grams = gram_matrices(model, chosen, inputs) if inputs is not None else {}
     built: dict[str, StructuredLinear] = {}
     errors: dict[str, float] = {}

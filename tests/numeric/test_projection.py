@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import tn
+from tn import projection_ranks
 from tn.structures import get
 
 F64 = torch.float64
@@ -204,3 +205,33 @@ def test_a_block_diagonal_matrix_for_given_inputs_is_the_regression_on_each_bloc
         rows, columns = slice(5 * block, 5 * block + 5), slice(6 * block, 6 * block + 6)
         want = torch.linalg.lstsq(x[:, columns], x @ weight[rows].mT).solution.mT
         assert torch.allclose(found[rows, columns], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["low_rank", "btt", "tt", "kronecker", "monarch", "blast"])
+def test_energy_chooses_the_smallest_rank_that_keeps_it(case):
+    weight = torch.randn(24, 36, dtype=F64) * torch.logspace(0, -2, 36, dtype=F64)
+    found = tn.project(weight, structure=case, energy=0.9)
+    assert found.energy >= 0.9
+    if found.built.rank > 1:
+        assert tn.project(weight, structure=case, rank=found.built.rank - 1).energy < 0.9
+
+
+@pytest.mark.parametrize("case", ["low_rank", "btt", "tt", "kronecker", "monarch", "einsum2"])
+def test_singular_values_foretell_what_a_rank_keeps(case):
+    weight = torch.randn(24, 36, dtype=F64)
+    built = get(case).build(36, 24, tn.structures.Options(rank=1))
+    kept = projection_ranks.kept(built, weight)
+    for rank in (1, 2, 3):
+        found = tn.project(weight, structure=case, rank=rank)
+        assert found.energy == pytest.approx(float(kept[:rank].sum()), abs=1e-6)
+
+
+def test_energy_that_cannot_be_is_refused():
+    weight = torch.randn(6, 6)
+    for options, message in (
+        (dict(energy=0.0), "share above 0 and at most 1"),
+        (dict(energy=0.5, rank=2), "energy=0.5 chooses the rank"),
+        (dict(energy=0.5, structure="block_diagonal"), "take a structure that has one"),
+    ):
+        with pytest.raises(tn.ProjectionError, match=message):
+            tn.project(weight, **{"structure": "btt", **options})

@@ -29,7 +29,7 @@ def test_frozen_layers_give_the_same(structure, rows):
 
 def merged(layer: tn.StructuredLinear) -> torch.Tensor:
     """The matrix a frozen layer keeps; the test fails if it keeps none."""
-    (matrix,) = layer._merged.matrices.values()
+    ((matrix, _),) = layer._merged.matrices.values()
     return matrix
 
 

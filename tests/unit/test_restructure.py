@@ -261,3 +261,31 @@ def _edit(folder, layer: str, field: str, value: object) -> None:
     saved = json.loads(file.read_text())
     saved["layers"][layer][field] = value
     file.write_text(json.dumps(saved))
+
+
+def test_a_budget_is_spread_by_singular_values():
+    flat, steep = torch.eye(32), torch.diag(torch.logspace(0, -3, 32))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        for layer, weight in zip(model, (flat, steep), strict=True):
+            layer.weight.copy_(weight)
+    even = copy.deepcopy(model)
+    report = tn.restructure(model, structure="low_rank", layers="all", init="project", budget=0.6)
+    assert sum(p.numel() for layer in model for name, p in layer.named_parameters() if name != "bias") <= 0.6 * 2 * 32 * 32
+    assert model[0].rank > model[1].rank  # few values make the steep one
+    alike = tn.restructure(even, structure="low_rank", layers="all", init="project", match="params", budget=0.6)
+    lost, lost_alike = (sum(change.error**2 for change in found.changes) for found in (report, alike))
+    assert lost < lost_alike
+
+
+def test_budgets_that_cannot_be_spread_are_refused():
+    for options, message in (
+        (dict(structure="btt", budget=1e-3), "rank 1 everywhere takes"),
+        (dict(structure="blast", budget=0.5), "two cores with one rank"),
+        (dict(structure="btt", budget=0.5, rank=2), "leave out rank=2"),
+        (dict(structure="btt", budget=-1), "positive fraction"),
+    ):
+        model = nn.Sequential(nn.Linear(32, 32))
+        with pytest.raises(tn.StructureError, match=message):
+            tn.restructure(model, layers="all", init="project", **options)
+        assert isinstance(model[0], nn.Linear)

@@ -105,7 +105,7 @@ def _descending(family: Structure, d_in: int, d_out: int, options: Options, fits
     def at(rank: int) -> Built:
         return family.build(d_in, d_out, dataclasses.replace(options, rank=rank))
 
-    low, high = 1, max(_full_ranks(family, at(1)))
+    low, high = 1, max(full_ranks(family, at(1)))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(at(middle)) else (low, middle - 1)
@@ -118,7 +118,8 @@ def _descending(family: Structure, d_in: int, d_out: int, options: Options, fits
         yield from sorted(others, key=lambda built: (-_width(built), built.macs))
 
 
-def _full_ranks(family: Structure, built: Built) -> tuple[int, ...]:
+def full_ranks(family: Structure, built: Built) -> tuple[int, ...]:
+    """For each rank axis of a family at some sizes, the rank from which nothing is gained."""
     ins, outs, _ = axes_of(built.network)
     sizes = built.network.sizes
     return family.full_ranks((tuple(sizes[axis] for axis in ins), tuple(sizes[axis] for axis in outs)))

@@ -17,12 +17,19 @@ def default_rank(factors: Factors, options: Options) -> int:
 
 
 def nearest(weight: Tensor, rank: int, white: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(first (in, rank), second (rank, out)) nearest to a matrix (out, in): Eckart and Young, with inputs whitened by SVD-LLM."""
-    u, s, v = torch.linalg.svd(weight if white is None else weight @ white, full_matrices=False)
-    u, s, v = u[:, :rank], s[:rank, None].sqrt(), v[:rank]
-    if white is not None:
-        v = torch.linalg.solve(white, v, left=False)
-    return (s * v).mT, s * u.mT
+    """(first (in, rank), second (rank, out)) nearest to a matrix (out, in): Eckart and Young, with inputs whitened by SVD-LLM.
+
+    Q, the left singular vectors, from eigenvectors of the smaller Gram matrix is several times faster than a decomposition of the matrix,
+    and Q Qᵀ W has the same error to rounding."""
+    matrix = weight if white is None else weight @ white
+    if matrix.shape[0] <= matrix.shape[1]:
+        basis = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(-1)[:, :rank]
+    else:
+        basis = torch.linalg.qr(matrix @ torch.linalg.eigh(matrix.mT @ matrix)[1].flip(-1)[:, :rank])[0]
+    first = weight.mT @ basis
+    size = first.norm(dim=0).sqrt()
+    size = torch.where(size > 0, size, 1)
+    return first / size, (basis * size).mT
 
 
 def start(built: Built, weight: Tensor, white: Tensor | None) -> dict[str, Tensor]:

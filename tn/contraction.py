@@ -41,6 +41,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def current_backend() -> str | None:
+    """The backend of the block this thread is in, if it is in one."""
+    return _forced.get()
+
+
 def _check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise OperatorError(unknown("backend", name, BACKENDS))
@@ -94,6 +99,7 @@ class Contraction(nn.Module):
     """
 
     _merged: Any = None  # inside tn.frozen: runs the layer as one product
+    _hoisted: Any = None  # inside tn.accumulate: runs the layer with merged cores
 
     def __init__(
         self,
@@ -202,6 +208,10 @@ class Contraction(nn.Module):
             merged = self._merged(stored, operands, segment)
             if merged is not None:
                 return self._shaped(merged)
+        if self._hoisted is not None and grads is not None:
+            hoisted = self._hoisted(stored, first.dtype, grads, self._rows(segment))
+            if hoisted is not None:
+                return hoisted
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
@@ -217,9 +227,10 @@ class Contraction(nn.Module):
         return merged.reshape(*merged.shape[:-1], *(math.prod(self.network.sizes[axis] for axis in dim) for dim in dims))
 
     def refresh(self) -> None:
-        """Inside `tn.frozen`: forget the merged matrix, after a write through `.data`, which nothing can notice."""
-        if self._merged is not None:
-            self._merged.refresh()
+        """Inside `tn.frozen` and `tn.accumulate`: forget merged cores, after a write through `.data`, which nothing can notice."""
+        for kept in (self._merged, self._hoisted):
+            if kept is not None:
+                kept.refresh()
 
     def _refuse(self, inputs: tuple[object, ...]) -> None:
         if len(inputs) != len(self._inputs):
@@ -232,8 +243,11 @@ class Contraction(nn.Module):
         self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str, segment: int
     ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
-        rows = (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
-        return program(plan(self.network, grad=wanted, rows=rows, dtype=dtype, device=device), backend)
+        return program(plan(self.network, grad=wanted, rows=self._rows(segment), dtype=dtype, device=device), backend)
+
+    def _rows(self, segment: int) -> int | None:
+        """The rows that calls of a segment are planned for."""
+        return (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
 
     def _record(self, used: Plan, operands: list[Tensor], result: Tensor) -> None:
         sizes = self.network.bind([t.shape for t in operands])
@@ -252,7 +266,7 @@ class Contraction(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled", "_merged")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled", "_merged", "_hoisted")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

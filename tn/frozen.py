@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tn.contraction import Contraction, program
 from tn.errors import OperatorError
+from tn.merging import Held
 from tn.network import Network
 from tn.plan import SEGMENTS, plan
 from tn.spec import ROWS
@@ -25,7 +26,7 @@ class _Merged:
         self.place = network.names.index(network.inputs[0])
         self.shape = [math.prod(network.sizes[axis] for axis in dim) for dim in network.term(network.inputs[0]).dims[1:]]
         self.d_in, self.d_out = math.prod(self.shape), math.prod(network.sizes[axis] for axis in network.output.axes if axis != ROWS)
-        self.held: list[tuple[Tensor, int, int]] = []  # the cores it was made of, with their version and address
+        self.held = Held()  # the cores it was made of
         self.matrices: dict[torch.dtype, Tensor] = {}
         self.wins: dict[tuple, bool] = {}
 
@@ -43,12 +44,8 @@ class _Merged:
         cores = [tensor for i, tensor in enumerate(stored) if i != place]
         if not wins or any(core.is_inference() or operand.dtype is not x.dtype for core, operand in zip(stored, operands, strict=True)):
             return None
-        held = self.held
-        if len(held) != len(cores) or any(
-            kept is not core or version != core._version or address != core.data_ptr()
-            for (kept, version, address), core in zip(held, cores, strict=True)
-        ):
-            self.held, self.matrices = [(core, core._version, core.data_ptr()) for core in cores], {}
+        if not self.held.same(cores):
+            self.held, self.matrices = Held(cores), {}
         matrix = self.matrices.get(x.dtype)
         if matrix is None:
             matrix = self.matrices[x.dtype] = self._merge(cores, x.dtype)

@@ -22,6 +22,7 @@ from tn.report import explain, flops
 from tn.restructure import densify, restructure
 from tn.saved_structure import load_restructured, save_restructured
 from tn.scaling import param_groups
+from tn.store import PlanStore, plan_store
 from tn.structures import register_structure
 from tn.tracing import Node, Trace, trace
 
@@ -29,8 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contraction", "CoordinateCheck", "Embedding", "Guide", "Machine", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError",
-    "Program", "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace",
-    "accumulate", "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify", "einsum", "errors",
-    "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops", "param_groups", "plan",
-    "project", "register_structure", "restructure", "save_restructured", "structures", "tensordot", "testing", "trace", "transpose",
+    "PlanStore", "Program", "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError",
+    "Trace", "accumulate", "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify",
+    "einsum", "errors", "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops",
+    "param_groups", "plan", "plan_store", "project", "register_structure", "restructure", "save_restructured", "structures", "tensordot",
+    "testing", "trace", "transpose",
 ]  # fmt: skip

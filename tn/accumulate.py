@@ -5,22 +5,29 @@ there. At the end they are pulled back through the merges into `.grad` of the co
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from tn import tracing
 from tn.contraction import Contraction, current_backend, program
 from tn.errors import OperatorError
-from tn.merging import Held, Split, choose
+from tn.merging import Held, Split, choose, merged_name
 from tn.operators import transforming
 from tn.plan import Plan
+from tn.spec import ROWS
 
 _SHARDED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Gradient:
@@ -69,19 +76,21 @@ class _Leaf:
         self.held, self.needs = Held(cores), [core.requires_grad for core in cores]
         first = cores[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        with torch.enable_grad(), torch.autocast(first.device.type, enabled=False):
+        # the merge is no part of the caller's forward pass: not of its gradient mode, its autocast, or an activation checkpoint around it
+        with torch.enable_grad(), torch.autocast(first.device.type, enabled=False), saved_tensors_hooks(_as_it_is, _as_it_is):
             copies = [core.clone().to(wide) for core in cores]  # the pull-back uses the values of now, whatever happens to the cores
             self.made = program(merge, "planned")(*copies).to(first.dtype)
         self.tensor = self.made.detach().contiguous().requires_grad_(self.made.requires_grad)
         self.watched: list[_Gradient] = []
         if self.tensor.requires_grad:
-            self.tensor.register_hook(self._arriving)
+            self.tensor.register_hook(self.arriving)
+            self.node = get_gradient_edge(self.tensor).node
 
     def fits(self, cores: list[Tensor]) -> bool:
         return self.held.same(cores) and [core.requires_grad for core in cores] == self.needs
 
-    def _arriving(self, gradient: Tensor) -> None:
-        """Before a gradient is added to the leaf's."""
+    def arriving(self, gradient: Tensor | None) -> None:
+        """Before a gradient is added to the leaf's; autograd calls it."""
         if self.block.closed:
             raise OperatorError("this forward pass ran inside tn.accumulate, whose block has ended: run its backward pass inside it too")
         if not self.watched or self.was_cleared():
@@ -107,10 +116,39 @@ class _Leaf:
         if len(cleared) > 1:
             kept = next(gradient.name for gradient in self.watched if not gradient.check())
             raise OperatorError(
-                f"inside tn.accumulate the gradients of some cores of a merged tensor ({', '.join(self.names)}) were cleared, that of {kept!r} "
-                "was not: clear all of them, or none"
+                f"inside tn.accumulate the gradients of some cores of a merged tensor ({', '.join(self.names)}) were cleared, that of "
+                f"{kept!r} was not: clear all of them, or none"
             )
         return cleared == {True}
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ for a leaf W whose gradient Gᵀx is added to W.grad by the product itself, without a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, leaf: _Leaf, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        leaf, (x, weight) = ctx.leaf, ctx.saved_tensors
+        _, to_x, to_weight = ctx.needs_input_grad
+        below = gradient @ weight if to_x else None
+        if not to_weight:
+            return None, below, None
+        rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        # with create_graph, or where the gradient of something else was asked for, autograd decides what becomes of it
+        if torch.is_grad_enabled() or not torch._C._will_engine_execute_node(leaf.node):
+            return None, below, rows.mT @ inputs
+        leaf.arriving(None)
+        with leaf.block.lock:
+            if leaf.tensor.grad is None:
+                leaf.tensor.grad = rows.mT @ inputs
+            else:
+                leaf.tensor.grad.addmm_(rows.mT, inputs)
+        return None, below, None
 
 
 class _Hoisted:
@@ -118,8 +156,10 @@ class _Hoisted:
 
     def __init__(self, block: "_Block", layer: Contraction) -> None:
         self.block, self.layer = block, layer
-        self.splits: dict[tuple, Split | None] = {}
+        self.splits: dict[tuple, tuple[Split, Callable[..., Tensor]] | None] = {}
         self.leaves: dict[tuple[str, ...], _Leaf] = {}
+        first = layer.network.term(layer.network.names[0])  # the input, where one matrix is all that is left
+        self.shape = tuple(math.prod(layer.network.sizes.get(axis, 0) for axis in dim) for dim in first.dims if dim != (ROWS,))
 
     def __call__(self, stored: list[Tensor], kind: torch.dtype, grads: tuple[bool, ...], rows: int | None) -> Tensor | None:
         """The result with merged cores, or None where merging is not predicted to pay or cannot be done here.
@@ -133,25 +173,30 @@ class _Hoisted:
         found = self.splits[key]
         if found is None or transforming() or tracing.recording() or (current_backend() or self.layer.backend) != "planned":
             return None
+        parts, run = found
         tensors = dict(zip(self.layer.network.names, stored, strict=True))
-        operands: list[Tensor] = []
-        merged = iter(zip(found.groups, found.merges, strict=True))
-        for name in found.rest.network.names:
-            if name in tensors:
-                operands.append(tensors[name])
-                continue
-            group, merge = next(merged)
+        leaves: dict[str, _Leaf] = {}
+        for group, merge in zip(parts.groups, parts.merges, strict=True):
             cores = [tensors[core] for core in group]
             if any(not core.is_leaf or core.is_inference() or core.dtype is not cores[0].dtype for core in cores):
                 return None  # made by a parametrisation or functional_call, or without a version that could be noticed
-            operands.append(self._leaf(group, cores, merge).tensor)
-        return program(found.rest, "planned")(*operands)
+            leaves[merged_name(self.layer.network, group)] = self._leaf(group, cores, merge)
+        names = parts.rest.network.names
+        operands = [leaves[name].tensor if name in leaves else tensors[name] for name in names]
+        x, weight = operands[0], operands[1]
+        if not parts.matrix or not (x.dtype is weight.dtype is kind):
+            return run(*operands)
+        lead = x.dim() - len(self.shape)
+        if lead < 0 or tuple(x.shape[lead:]) != self.shape:
+            return None  # the layer refuses it in its own words
+        return self.layer._shaped(_Product.apply(leaves[names[1]], x.reshape(*x.shape[:lead], weight.shape[1]), weight))
 
-    def _choose(self, key: tuple) -> Split | None:
+    def _choose(self, key: tuple) -> tuple[Split, Callable[..., Tensor]] | None:
         kind, device, grads, rows = key
         names = self.layer.network.names
         grad = tuple(name for name, need in zip(names, grads, strict=True) if need)
-        return choose(self.layer.network, grad, rows, self.block.batches, kind, device)
+        found = choose(self.layer.network, grad, rows, self.block.batches, kind, device)
+        return None if found is None else (found, program(found.rest, "planned"))
 
     def _leaf(self, group: tuple[str, ...], cores: list[Tensor], merge: Plan) -> _Leaf:
         leaf = self.leaves.get(group)
@@ -180,7 +225,9 @@ class _Block:
         """Add what waits to `.grad` of the cores."""
         leaves = [leaf for leaf in self.waiting.values() if not leaf.was_cleared()]
         if any(leaf.tensor.grad is not None and leaf.tensor.grad.requires_grad for leaf in leaves):
-            raise OperatorError("inside tn.accumulate, backward(create_graph=True) leaves gradients that cannot be pulled back with their graph")
+            raise OperatorError(
+                "inside tn.accumulate, backward(create_graph=True) leaves gradients that cannot be pulled back with their graph"
+            )
         for leaf in self.waiting.values():
             for gradient in leaf.watched:
                 gradient.hook.remove()
@@ -221,7 +268,9 @@ def _refuse_step(model: nn.Module) -> Callable[..., None]:
     def hook(optimizer: Optimizer, *_: Any) -> None:
         ours = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
-            raise OperatorError("optimizer.step() inside tn.accumulate: the gradients of merged cores come at its end; step after the block")
+            raise OperatorError(
+                "optimizer.step() inside tn.accumulate: the gradients of merged cores come at its end; step after the block"
+            )
 
     return hook
 
@@ -244,8 +293,8 @@ def accumulate(model: nn.Module, *, batches: int = 8) -> Iterator[nn.Module]:
     Memory: the merged tensors and their gradients, until the end.
 
     Raises:
-        OperatorError: DDP, FSDP; inside, `optimizer.step()` on the model's parameters, a gradient of a core changed in place, gradients with
-        a graph of their own; after the block, the backward pass of a forward pass inside it.
+        OperatorError: DDP, FSDP; inside, `optimizer.step()` on the model's parameters, a gradient of a core changed in place, gradients
+        with a graph of their own; after the block, the backward pass of a forward pass inside it.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(64, 64, structure="tt", rank=8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tn.network import Network, network
 from tn.plan import Plan, plan
-from tn.spec import Spec, Term
+from tn.spec import ROWS, Spec, Term
 
 _FREELY = 5  # cores up to which several groups may be merged apart; with more, one run of neighbours
 _GAIN = 0.95  # of the time that a merge must be predicted to leave, so that no merge is made for nothing
@@ -19,7 +19,7 @@ _GAIN = 0.95  # of the time that a merge must be predicted to leave, so that no 
 Groups = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Split:
     """A network in two parts.
 
@@ -33,6 +33,15 @@ class Split:
     merges: tuple[Plan, ...]
     rest: Plan
     seconds: float
+
+    @functools.cached_property
+    def matrix(self) -> bool:
+        """Whether the rest is one matrix, merged of all cores, on the rows of the one input: y = x Wᵀ."""
+        net = self.rest.network
+        if len(net.names) != 2 or net.names[1] not in net.cores:
+            return False
+        x, weight = map(net.term, net.names)
+        return len(weight.dims) == 2 and x.axes == (ROWS, *weight.dims[1]) and net.output.axes == (ROWS, *weight.dims[0])
 
 
 class Held:
@@ -54,7 +63,8 @@ def split(net: Network, groups: Groups) -> tuple[tuple[Network, ...], Network]:
 
     A merged tensor has up to three dimensions, by where its axes are: the result, other cores, the inputs alone; batch axes come first.
 
-    >>> merges, rest = split(network("x: ... (i j), a: i k r, c: r j l -> ... (k l)", dict(i=2, j=3, k=4, l=5, r=6), cores="ac"), (("a", "c"),))
+    >>> net = network("x: ... (i j), a: i k r, c: r j l -> ... (k l)", dict(i=2, j=3, k=4, l=5, r=6), cores=("a", "c"))
+    >>> merges, rest = split(net, (("a", "c"),))
     >>> str(merges[0].spec), str(rest.spec)
     ('a: i k r, c: r j l -> (k l) (i j)', 'x: ... (i j), a_c: (k l) (i j) -> ... (k l)')
     """
@@ -101,9 +111,7 @@ def merged_name(net: Network, group: Sequence[str]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
-    net: Network, grad: tuple[str, ...], rows: int | None, batches: int, dtype: torch.dtype, device: torch.device
-) -> Split | None:
+def choose(net: Network, grad: tuple[str, ...], rows: int | None, batches: int, dtype: torch.dtype, device: torch.device) -> Split | None:
     """The split that is predicted to be fastest when its merges are shared by so many batches; None where merging does not pay.
 
     Args:
@@ -136,7 +144,7 @@ def _groupings(net: Network) -> Iterator[Groups]:
     """Ways to merge cores that follow each other in the spec and hang together."""
     cores = net.cores
     if len(cores) > _FREELY:
-        runs = [(cores[a:b],) for a, b in itertools.combinations(range(len(cores) + 1), 2)]
+        runs: list[Groups] = [(cores[a:b],) for a, b in itertools.combinations(range(len(cores) + 1), 2)]
     else:
         cuts = itertools.chain.from_iterable(itertools.combinations(range(1, len(cores)), count) for count in range(len(cores)))
         runs = [tuple(cores[a:b] for a, b in itertools.pairwise((0, *cut, len(cores)))) for cut in cuts]

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from tn import order
+from tn import order, store
 from tn.cost import contraction_flops, step_flops, volume
+from tn.documents import document, is_size
 from tn.errors import PlanError, SizeError, unknown
 from tn.layout import Job, bound, choose
 from tn.machine import Machine, machine
@@ -21,6 +22,20 @@ from tn.pairing import Pairing, pair
 from tn.spec import ROWS
 
 FORMAT = 2  # of the JSON
+_KEYS = {
+    "network": dict,
+    "sizes": list,
+    "grad": list,
+    "goal": str,
+    "search": str,
+    "path": list,
+    "orders": list,
+    "tile": (int, type(None)),
+    "floor": float,
+    "others": list,
+    "machine": str,
+    "machine_digest": str,
+}
 GOALS = ("time", "flops")
 _TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
@@ -206,26 +221,53 @@ class Plan:
             table: the machine table it was made with; the built-in CPU table if None.
 
         Raises:
-            PlanError: another format, or a table with other numbers.
+            PlanError: another format, a table with other numbers, or text that is no plan. SpecError, SizeError: its network is none.
         """
-        value = json.loads(text)
-        if value.get("format") != FORMAT:
-            raise PlanError(f"plan format {value.get('format')!r}, this version reads {FORMAT}")
+        value = document(text, FORMAT, _KEYS, "plan", PlanError)
         table = table or machine()
         if value["machine_digest"] != table.digest:
             raise PlanError(
                 f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})"
             )
-        sizes = tuple((axis, size) for axis, size in value["sizes"])
-        path = tuple((left, right) for left, right in value["path"])
-        orders = tuple(map(tuple, value["orders"]))
         network = Network.from_json(json.dumps(value["network"]))
-        others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
-        grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
-        return cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, value["floor"], others)
+        try:
+            sizes = tuple((axis, size) for axis, size in value["sizes"])
+            path = tuple((left, right) for left, right in value["path"])
+            orders = tuple(map(tuple, value["orders"]))
+            others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
+            grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
+            made = cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, value["floor"], others)
+            _check(made)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"plan JSON does not describe a plan: {error}") from None
+        return made
 
     def __str__(self) -> str:
         return _table(self)
+
+
+def _check(plan: Plan) -> None:
+    """Raise PlanError where the parts of a plan that was read do not belong together."""
+    net, count = plan.network, len(plan.leaves)
+    if set(plan.size) != set(net.axes) or any(not is_size(size) for size in plan.size.values()):
+        raise PlanError(f"sizes are {dict(plan.sizes)}, expected an integer ≥ 0 for each of {', '.join(net.axes)}")
+    if any(net.sizes[axis] != plan.size[axis] for axis in net.sizes):
+        raise PlanError(f"sizes are {dict(plan.sizes)}, the network has {dict(net.sizes)}")
+    if unknown_names := [name for name in plan.grad if name not in net.names]:
+        raise PlanError(unknown("tensor", unknown_names[0], net.names))
+    if plan.goal not in GOALS:
+        raise PlanError(unknown("goal", plan.goal, GOALS))
+    alive = set(range(count))
+    for number, (left, right) in enumerate(plan.path):
+        if left == right or left not in alive or right not in alive:
+            raise PlanError(f"step {number} contracts values {left!r} and {right!r}, of which at least one is not there")
+        alive = alive - {left, right} | {count + number}
+    expected = [*plan.leaves, *(out for _, _, out in order.steps_of(plan.path, plan.leaves, net.output.axes))]
+    if len(alive) != 1 or len(plan.orders) != len(expected):
+        raise PlanError(f"{len(plan.path)} steps and {len(plan.orders)} memory orders for {count} operands")
+    for number, (given, axes) in enumerate(zip(plan.orders, expected, strict=True)):
+        if sorted(map(str, given)) != sorted(axes):
+            raise PlanError(f"value {number} has the memory order {given}, its axes are {axes}")
 
 
 def leaf_axes(network: Network) -> tuple[Axes, ...]:
@@ -276,15 +318,22 @@ def plan(
     for axis, extent in given.items():
         if axis not in network.axes:
             raise SizeError(unknown("axis", axis, network.axes))
-        if isinstance(extent, bool) or not isinstance(extent, int) or extent < 0:
+        if not is_size(extent):
             raise SizeError(f"axis {axis!r} has size {extent!r}, expected an integer ≥ 0")
         if network.sizes.get(axis, extent) != extent:
             raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
-    return _plan(
-        network, tuple(size.items()), tuple(n for n in network.names if n in wanted), goal, search, table or machine(device, dtype), seed
-    )
+    asked = {
+        "network": network,
+        "sizes": tuple(size.items()),
+        "grad": tuple(name for name in network.names if name in wanted),
+        "goal": goal,
+        "search": search,
+        "table": table or machine(device, dtype),
+        "seed": seed,
+    }
+    return store.recall(asked, _plan, Plan.from_json)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -193,6 +194,20 @@ class Plan:
             left, right, out = (self.orders[value] for value in (step.left, step.right, step.out))
             total += contraction_flops(left, right, out, sizes)
         return total
+
+    def draw(self, path: str | PathLike[str] | None = None) -> Any:
+        """A picture of the contraction tree: each step with its operator, FLOPs, predicted time and copies, each tensor with its axes in
+        memory order and a line as wide as it has bytes; steps that run tile by tile are marked.
+
+        Args:
+            path: file to write, its format from the ending (".png", ".svg", ".pdf").
+
+        Returns:
+            The matplotlib Figure. Raises OperatorError for a path of another kind.
+        """
+        from tn.draw_plan import draw  # late: the picture builds on plans
+
+        return draw(self, path)
 
     def to_json(self) -> str:
         """Canonical JSON; `Plan.from_json` reads it."""

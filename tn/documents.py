@@ -24,7 +24,7 @@ def document(text: str, version: int, keys: Mapping[str, Kinds], what: str, erro
         raise error(f"this is no {what} JSON: {problem}") from None
     if not isinstance(value, dict):
         raise error(f"{what} JSON is an object, got a {type(value).__name__}")
-    if value.get("format") != version:
+    if value.get("format") != version or isinstance(value["format"], bool):
         raise error(f"{what} format {value.get('format')!r}, this version reads {version}")
     for key, kinds in keys.items():
         if key not in value:

@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from tn.cost import volume
-from tn.errors import OperatorError
+from tn.draw import check_path, saved
 from tn.order import Axes
 from tn.plan import Plan, Step
 from tn.spec import ROWS
@@ -46,10 +46,10 @@ def boxes(plan: Plan) -> list[Box]:
     net, count = plan.network, len(plan.leaves)
     names = [term.name for term in net.spec.operands] + [f"v{value}" for value in range(count, len(plan.orders))]
     made: dict[int, Box] = {}
-    for row, value in enumerate(_leaves(plan, len(plan.orders) - 1)):
+    for place, value in enumerate(_leaves(plan, len(plan.orders) - 1)):
         term = net.spec.operands[value]
         kind = "core" if term.name in net.cores else "const" if term.name in net.consts else "input"
-        made[value] = Box(0, row, kind, term.name, ("gradient",) if term.name in plan.grad else (), False)
+        made[value] = Box(0, place, kind, term.name, ("gradient",) if term.name in plan.grad else (), False)
     for step in plan.steps:
         left, right = made[step.left], made[step.right]
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
@@ -93,8 +93,7 @@ def _amount(number: float) -> str:
 
 def draw(plan: Plan, path: str | PathLike[str] | None) -> Any:
     """See `tn.Plan.draw`."""
-    if path is not None and not isinstance(path, str | PathLike):
-        raise OperatorError(f"path is a {type(path).__name__}, expected a file to write to, or None")
+    check_path(path)
     from matplotlib.figure import Figure  # late: keeps `import tn` light
     from matplotlib.patches import FancyBboxPatch, Patch  # late: the same
 
@@ -133,9 +132,7 @@ def draw(plan: Plan, path: str | PathLike[str] | None) -> Any:
     if plan.tile is not None:
         handles.append(Patch(fc=_TILE, ec=_INK, label=f"step, {plan.tile} rows at a time"))
     figure.legend(handles=handles, loc="lower left", fontsize=8, frameon=False, ncols=len(handles))
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return saved(figure, path)
 
 
 def _heading(plan: Plan) -> tuple[str, ...]:

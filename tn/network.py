@@ -198,7 +198,7 @@ class Network:
             The matplotlib Figure. A hyperaxis is a small dot with a line to each of its tensors.
 
         Raises:
-            SizeError: sizes of unknown axes.
+            SizeError: sizes of unknown axes, or other than the network's. OperatorError: a path that cannot be drawn to.
         """
         from tn.draw import draw  # late: the picture builds on networks
 

@@ -203,7 +203,7 @@ class Plan:
             path: file to write, its format from the ending (".png", ".svg", ".pdf").
 
         Returns:
-            The matplotlib Figure. Raises OperatorError for a path of another kind.
+            The matplotlib Figure. Raises OperatorError for a path that cannot be drawn to.
         """
         from tn.draw_plan import draw  # late: the picture builds on plans
 

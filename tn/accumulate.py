@@ -5,8 +5,10 @@ there. At the end they are pulled back through the merges into `.grad` of the co
 """
 
 import contextlib
+import functools
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +49,7 @@ class _Gradient:
 
     def _added(self, core: Tensor) -> None:
         """Autograd added to it: the core is used elsewhere too."""
+        self.ours = False
         self.cleared |= core.grad is not self.seen and not torch.is_grad_enabled()  # with create_graph autograd replaces it
         self._note()
 
@@ -83,27 +86,20 @@ class _Leaf:
         self.tensor = self.made.detach().contiguous().requires_grad_(self.made.requires_grad)
         self.watched: list[_Gradient] = []
         if self.tensor.requires_grad:
-            self.tensor.register_hook(self.arriving)
-            self.node = get_gradient_edge(self.tensor).node
+            self.tensor.register_hook(functools.partial(_arriving, weakref.ref(self)))  # weak: no cycle keeps a merged tensor alive
 
     def fits(self, cores: list[Tensor]) -> bool:
         return self.held.same(cores) and [core.requires_grad for core in cores] == self.needs
 
-    def arriving(self, gradient: Tensor | None) -> None:
-        """Before a gradient is added to the leaf's; autograd calls it."""
-        if self.block.closed:
-            raise OperatorError("this forward pass ran inside tn.accumulate, whose block has ended: run its backward pass inside it too")
-        if not self.watched or self.was_cleared():
-            self.watch()
-
     def watch(self) -> None:
-        """Start over: nothing waits."""
-        self.unwatch()
-        self.tensor.grad = None
-        needed = [(name, core) for name, core, need in zip(self.names, self.cores, self.needs, strict=True) if need]
-        self.watched = [_Gradient(name, core) for name, core in needed]
+        """Before a gradient is added to the leaf's: where none waits, or those that waited were cleared, start over."""
         with self.block.lock:
-            self.block.waiting[id(self)] = self
+            if self.watched and not self.was_cleared():
+                return
+            self.unwatch()
+            self.tensor.grad = None
+            needed = [(name, core) for name, core, need in zip(self.names, self.cores, self.needs, strict=True) if need]
+            self.watched = [_Gradient(name, core) for name, core in needed]
 
     def unwatch(self) -> None:
         for gradient in self.watched:
@@ -120,6 +116,14 @@ class _Leaf:
                 f"{kept!r} was not: clear all of them, or none"
             )
         return cleared == {True}
+
+
+def _arriving(reference: Callable[[], _Leaf | None], gradient: Tensor | None) -> None:
+    """Autograd is about to add a gradient to a leaf's."""
+    leaf = reference()
+    if leaf is None or leaf.block.closed:
+        raise OperatorError("this forward pass ran inside tn.accumulate, whose block has ended: run its backward pass inside it too")
+    leaf.watch()
 
 
 class _Product(torch.autograd.Function):
@@ -140,9 +144,9 @@ class _Product(torch.autograd.Function):
             return None, below, None
         rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         # with create_graph, or where the gradient of something else was asked for, autograd decides what becomes of it
-        if torch.is_grad_enabled() or not torch._C._will_engine_execute_node(leaf.node):
+        if torch.is_grad_enabled() or not torch._C._will_engine_execute_node(get_gradient_edge(weight).node):
             return None, below, rows.mT @ inputs
-        leaf.arriving(None)
+        _arriving(lambda: leaf, None)
         with leaf.block.lock:
             if leaf.tensor.grad is None:
                 leaf.tensor.grad = rows.mT @ inputs
@@ -205,6 +209,7 @@ class _Hoisted:
                 leaf = self.leaves.get(group)
                 if leaf is None or not leaf.fits(cores):
                     leaf = self.leaves[group] = _Leaf(self.block, group, cores, merge)
+                    self.block.leaves.append(leaf)
         return leaf
 
     def refresh(self) -> None:
@@ -218,17 +223,17 @@ class _Block:
     def __init__(self, model: nn.Module, batches: int) -> None:
         self.batches, self.closed = batches, False
         self.lock = threading.RLock()
-        self.waiting: dict[int, _Leaf] = {}  # leaves with gradients
+        self.leaves: list[_Leaf] = []  # those of values of cores that have changed since too
         self.layers = [layer for layer in model.modules() if isinstance(layer, Contraction) and layer._hoisted is None and _can(layer)]
 
     def pull(self) -> None:
         """Add what waits to `.grad` of the cores."""
-        leaves = [leaf for leaf in self.waiting.values() if not leaf.was_cleared()]
+        leaves = [leaf for leaf in self.leaves if leaf.watched and not leaf.was_cleared()]
         if any(leaf.tensor.grad is not None and leaf.tensor.grad.requires_grad for leaf in leaves):
             raise OperatorError(
                 "inside tn.accumulate, backward(create_graph=True) leaves gradients that cannot be pulled back with their graph"
             )
-        for leaf in self.waiting.values():
+        for leaf in self.leaves:
             for gradient in leaf.watched:
                 gradient.hook.remove()
         self.closed = True
@@ -242,9 +247,9 @@ class _Block:
         self.closed = True
         for layer in self.layers:
             layer._hoisted = None
-        for leaf in self.waiting.values():
+        for leaf in self.leaves:
             leaf.unwatch()
-        self.waiting = {}
+        self.leaves = []
 
 
 def _can(layer: Contraction) -> bool:

@@ -1,8 +1,10 @@
 """tn.accumulate: gradients as of the plain loop, cores merged once, and everything that must not pass in silence."""
 
 import copy
+import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,15 @@ def test_an_exception_drops_what_waits():
     assert layer.first.grad is None and layer._hoisted is None
     layer(torch.randn(64, 256)).sum().backward()  # the hooks are gone too
     assert layer.first.grad is not None
+
+
+def test_an_exception_keeps_gradients_from_elsewhere():
+    layer = layer_of()
+    with pytest.raises(KeyError), tn.accumulate(layer):
+        (layer(torch.randn(64, 256)).sum() + 3 * layer.first.sum()).backward()
+        raise KeyError
+    assert torch.equal(layer.first.grad, torch.full_like(layer.first, 3.0))
+    assert layer.second.grad is None
 
 
 def test_backward_after_the_block_is_refused():
@@ -364,6 +375,26 @@ def test_threads_share_the_merge(merges):
             worker.join()
     same(gradients(layer), want, 1e-12)
     assert merges == [("first", "second")]
+
+
+def test_nothing_is_kept_after_the_block(monkeypatch):
+    kept = []
+    plain = _Leaf.__init__
+
+    def noted(self, *arguments) -> None:
+        plain(self, *arguments)
+        kept.append(weakref.ref(self.tensor))
+
+    monkeypatch.setattr(_Leaf, "__init__", noted)
+    layer = layer_of()
+    gc.disable()  # no cycle may hold the merged tensors until the collector comes
+    try:
+        with tn.accumulate(layer):
+            layer(torch.randn(64, 256)).sum().backward()
+            layer(torch.randn(64, 256))
+        assert [reference() for reference in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_sharded_models_are_refused_by_name():

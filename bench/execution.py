@@ -1,6 +1,7 @@
 """Execution: structured layers against torch.einsum, opt_einsum and cotengra; BTT against dense products, a hand-written function, and
-`nn.Linear`; compiled layers against eager ones."""
+`nn.Linear`; compiled layers against eager ones; copies, overhead and graphs."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tn
+from bench import counts
 from bench.cases import LAYERS, ROWS, Layer
 from bench.handwritten import TiledBTT
 from bench.libraries import LIBRARIES, einsum_peers
@@ -22,6 +24,12 @@ BTT = ((1024, 4096, (1, 4)), (4096, 2048, (1, 4)))  # width, rows, ranks
 LINEAR = tuple((width, rank, rows) for width in (512, 1024, 2048, 4096) for rank in (1, 4, 16) for rows in (1, 16, 256, 4096))
 COMPILED = tuple((width, rank, rows) for width in (512, 1024) for rank in (1, 4) for rows in (256, 2048))
 TILE = {(1024, 1): 512, (1024, 4): 256, (4096, 1): 256, (4096, 4): 128}  # of the hand-written function; not swept for it
+
+COUNTS = {
+    "copies": lambda rounds: itertools.chain.from_iterable(counts.copy_rows(rows, rounds) for rows in counts.ROWS),
+    "overhead": counts.overhead_rows,
+    "graphs": counts.graph_rows,
+}
 
 Run = Callable[[], object]
 
@@ -165,13 +173,13 @@ def _beside(kind: str, model: nn.Module, other: nn.Module, peer: str, x: Tensor,
 def main(arguments: list[str]) -> int:
     """Time, print and store; returns 0."""
     parser = Parser(prog="python -m bench execution", description=__doc__)
-    parser.add_argument("--family", default="", help="only what starts with this: BTT, Linear, compiled, TT, …")
+    parser.add_argument("--family", default="", help="only what starts with this: BTT, Linear, compiled, TT, copies, …")
     parser.add_argument("--width", type=int, nargs="*", help="only these widths")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, *ROWS, 2048], help="rows of the cases (default: 1 16 256 2048 4096)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each (default: 7)")
     parser.add_argument("--out", type=Path, default=RESULTS / "execution.jsonl", help="file the rows are added to")
     given = parser.parse_args(arguments)
-    families = sorted({layer.family for layer in LAYERS} | {"BTT", "Linear", "compiled"})
+    families = sorted({layer.family for layer in LAYERS} | {"BTT", "Linear", "compiled", *COUNTS})
     if not any(family.lower().startswith(given.family.lower()) for family in families):
         raise ValueError(unknown("family", given.family, families))
     if min([given.rounds, *given.rows]) < 1:
@@ -186,13 +194,15 @@ def main(arguments: list[str]) -> int:
     cases = [btt_rows(width, rows, rank, given.rounds) for width, rows, ranks in BTT for rank in ranks if chosen("BTT", width)]
     for kind, sizes, make in (("Linear", LINEAR, linear_rows), ("compiled", COMPILED, compiled_rows)):
         cases += [make(*size, given.rounds) for size in sizes if chosen(kind, size[0]) and size[2] in given.rows]
+    cases += [make(given.rounds) for kind, make in COUNTS.items() if chosen(kind, counts.WIDTH)]
     layers = [(layer, rows) for layer in LAYERS for rows in ROWS if rows in given.rows and chosen(layer.family, layer.width)]
     cases += [layer_rows(layer, rows, given.rounds) for layer, rows in layers]
     for number, case in enumerate(cases, start=1):
         made = list(case)
         append(made, given.out)  # case by case: what an interrupted run measured is kept
         found += made
-        console.print(f"{number} of {len(cases)}: {made[0].case}, {made[0].tokens} rows", highlight=False)
+        at = f", {made[0].tokens} rows" if made[0].tokens else ""
+        console.print(f"{number} of {len(cases)}: {made[0].case}{at}", highlight=False)
     console.print(_table(found))
     against = [row.ratio for row in found if row.peer in LIBRARIES and row.ratio]
     if against:
@@ -207,8 +217,11 @@ def _table(rows: list[Row]) -> Table:
     for heading in ("layer", "rows", "pass", "median", "quartiles", "GFLOP/s", "against", "times faster"):
         table.add_column(heading, justify="left" if heading in ("layer", "pass", "against") else "right")
     for row in rows:
-        assert row.seconds and row.low and row.high and row.ratio
+        assert row.seconds and row.low and row.high
         spread = f"{row.low * 1e3:.2f}–{row.high * 1e3:.2f}"
         rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
-        table.add_row(row.case, str(row.tokens), row.what, f"{row.seconds * 1e3:.2f} ms", spread, rate, row.peer, f"{row.ratio:.2f}")
+        counted = [f"{row.settings[name]} {name}" for name in ("copies", "copies where they are dear", "graphs") if name in row.settings]
+        case = ", ".join([row.case, *counted])
+        ratio = f"{row.ratio:.2f}" if row.ratio else ""
+        table.add_row(case, str(row.tokens or ""), row.what, f"{row.seconds * 1e3:.2f} ms", spread, rate, row.peer, ratio)
     return table

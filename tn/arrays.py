@@ -69,24 +69,24 @@ def einsum_arrays(
     return (result if layout == "K" else np.asarray(result, order=layout))[()]  # type: ignore[call-overload]  # "C" or "F"
 
 
-def run_plan(plan: Plan, arrays: Sequence[np.ndarray]) -> np.ndarray:
+def run_plan(plan: Plan, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """A plan step by step in NumPy, for dtypes that torch has no products for.
 
     Args:
         arrays: one per name of the plan's network, of one dtype.
 
     Returns:
-        The result with one dimension an axis of the network's output, `...` as one axis.
+        The results, each with one dimension an axis of its output, `...` as one axis.
     """
     given = dict(zip(plan.network.names, arrays, strict=True))
     sizes = plan.network.bind([array.shape for array in arrays])
     values: list[np.ndarray] = []
-    for term, kept in zip(plan.network.spec.operands, plan.leaves, strict=True):
+    for term, kept in zip(plan.terms, plan.leaves, strict=True):
         values.append(_step([given[term.name].reshape([sizes[axis] for axis in term.axes])], [term.axes], kept))
-    for step in plan.steps:
+    for step in plan.tree_steps:
         orders = [plan.orders[step.left], plan.orders[step.right]]
         values.append(_step([values[step.left], values[step.right]], orders, plan.orders[step.out]))
-    return values[-1]
+    return [values[value] for value in plan.results]
 
 
 def _step(arrays: Sequence[np.ndarray], terms: Sequence[Axes], result: Axes) -> np.ndarray:

@@ -67,16 +67,19 @@ class _Compiled:
     def __init__(self, run: Program | EinsumProgram) -> None:
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
-        self.key = opaque.register(run) if run.fast else ""
+        alone = set(run.plan.kept).isdisjoint(map(run.plan.first, run.plan.results))  # an operator may not return a tensor twice
+        self.key = opaque.register(run) if run.fast and alone else ""
+        self.outputs = run.outputs
 
-    def __call__(self, operands: list[Tensor]) -> Tensor:
+    def __call__(self, operands: list[Tensor]) -> Any:
         if not self.key or not fits_fast(operands) or torch._C._are_functorch_transforms_active():
             return self.plain(*operands)
-        return opaque.contraction(operands, self.key)[0]
+        made = opaque.contraction(operands, self.key)
+        return made[0] if self.outputs == 1 else tuple(made[: self.outputs])
 
 
 class Contraction(nn.Module):
-    """A layer given by a contraction: y = einsum(inputs, cores) + bias, the cores trainable.
+    """A layer given by a contraction: y = einsum(inputs, cores) + bias, the cores trainable. Several outputs are planned together.
 
     Args:
         spec: such as "x: ... i, a: i r, c: r o -> ... o"; see `tn.network`.
@@ -176,14 +179,14 @@ class Contraction(nn.Module):
             self.network, grad=wanted, rows=(rows or DEFAULT_ROWS) if ROWS in self.network.axes else None, dtype=dtype, device=device
         )
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """inputs in spec order → the contraction, plus the bias."""
+    def forward(self, *inputs: Tensor) -> Any:
+        """inputs in spec order → the contraction, plus the bias; several outputs as a tuple in spec order."""
         result = self._contract(*inputs)
         parameters: dict[str, Any] = self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look the slow attribute up always)
         return result if bias is None else result + bias.to(result.dtype)
 
-    def _contract(self, *inputs: Tensor) -> Tensor:
+    def _contract(self, *inputs: Tensor) -> Any:
         """The contraction alone. torch.compile sees the plain form chosen at construction, never the choice."""
         if len(inputs) != len(self._inputs) or not all(map(_is_tensor, inputs)):
             self._refuse(inputs)
@@ -249,10 +252,10 @@ class Contraction(nn.Module):
         """The rows that calls of a segment are planned for."""
         return (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
 
-    def _record(self, used: Plan, operands: list[Tensor], result: Tensor) -> None:
+    def _record(self, used: Plan, operands: list[Tensor], result: Any) -> None:
         sizes = self.network.bind([t.shape for t in operands])
         count = sum(parameter.numel() for parameter in self._parameters.values() if parameter is not None)
-        kept = sum(math.prod(sizes[axis] for axis in used.orders[step.out]) for step in used.steps[:-1])
+        kept = sum(math.prod(sizes[axis] for axis in used.orders[value]) for value in used.kept)
         added = result.numel() if self.bias is not None else 0
         tracing.record(
             "contraction",

@@ -44,17 +44,20 @@ def boxes(plan: Plan) -> list[Box]:
     ['x', 'a', 'c', 'v3 = x · a', 'v4 = v3 · c']
     """
     net, count = plan.network, len(plan.leaves)
-    names = [term.name for term in net.spec.operands] + [f"v{value}" for value in range(count, len(plan.orders))]
+    names = [term.name for term in plan.terms] + [f"v{value}" for value in range(count, len(plan.orders))]
     made: dict[int, Box] = {}
-    for place, value in enumerate(_leaves(plan, len(plan.orders) - 1)):
-        term = net.spec.operands[value]
+    for place, value in enumerate(leaf for result in plan.results for leaf in _leaves(plan, result)):
+        term = plan.terms[value]
         kind = "core" if term.name in net.cores else "const" if term.name in net.consts else "input"
         made[value] = Box(0, place, kind, term.name, ("gradient",) if term.name in plan.grad else (), False)
-    for step in plan.steps:
+    ran = {step.out for step in plan.steps}
+    for step in plan.tree_steps:
         left, right = made[step.left], made[step.right]
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
         column, row = max(left.column, right.column) + 1, (left.row + right.row) / 2
-        made[step.out] = Box(column, row, "step", title, _costs(plan, step), plan.tile is not None and ROWS in plan.orders[step.out])
+        tiled = plan.tile is not None and ROWS in plan.orders[step.out]
+        lines = _costs(plan, step) if step.out in ran else (_shared(plan, step.out, names),)
+        made[step.out] = Box(column, row, "step", title, lines, tiled)
     return [made[value] for value in range(len(plan.orders))]
 
 
@@ -66,6 +69,12 @@ def _leaves(plan: Plan, value: int) -> list[int]:
     left, right = plan.path[value - count]
     upper, lower = sorted((_leaves(plan, left), _leaves(plan, right)), key=min)
     return upper + lower
+
+
+def _shared(plan: Plan, value: int, names: list[str]) -> str:
+    """Why a step of the tree does not run."""
+    first = plan.first(value)
+    return f"is {names[first]}: not computed again" if first != value else "not needed: its use is shared"
 
 
 def _costs(plan: Plan, step: Step) -> tuple[str, ...]:
@@ -97,7 +106,7 @@ def draw(plan: Plan, path: str | PathLike[str] | None) -> Any:
     from matplotlib.figure import Figure  # late: keeps `import tn` light
     from matplotlib.patches import FancyBboxPatch, Patch  # late: the same
 
-    made, last = boxes(plan), len(plan.orders) - 1
+    made = boxes(plan)
     columns, rows = max(box.column for box in made), max(len(plan.leaves), 2)
     width, height = columns * _COLUMN + _WIDTH + 3.2, rows * _ROW + 1.6
     figure = Figure(figsize=(width, height))
@@ -110,11 +119,12 @@ def draw(plan: Plan, path: str | PathLike[str] | None) -> Any:
         return 0.25 + _WIDTH / 2 + box.column * _COLUMN, height - 1.1 - _ROW * (box.row + 0.5)
 
     largest = max(_bytes(plan, order) for order in plan.orders)
-    for step in plan.steps:
+    for step in plan.tree_steps:
         for value, lift in zip(sorted((step.left, step.right), key=lambda value: made[value].row), (0.14, -0.14), strict=True):
             _edge(axes, place(value), place(step.out), lift, plan, plan.orders[value], largest)
-    x, y = place(last)
-    _edge(axes, (x, y), (x + _WIDTH / 2 + 2.6, y), 0.0, plan, plan.orders[last], largest)
+    for result in plan.results:
+        x, y = place(result)
+        _edge(axes, (x, y), (x + _WIDTH / 2 + 2.6, y), 0.0, plan, plan.orders[result], largest)
     for value, box in enumerate(made):
         x, y = place(value)
         corner = (x - _WIDTH / 2, y - _HEIGHT / 2)

@@ -139,7 +139,7 @@ def _remember(key: tuple, run: Callable[..., Any]) -> None:
     _BOUND[key] = run
 
 
-def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand:
+def contract(spec: str, *operands: Operand, backend: str = "planned") -> Any:
     """Contract tensors once. Plans are cached by structure: sizes that change from call to call become dynamic.
 
     Args:
@@ -147,7 +147,7 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
         backend: "planned" or "einsum", the readable reference.
 
     Returns:
-        A tensor, or an array when all operands are arrays.
+        A tensor, or an array when all operands are arrays; a tuple of them for several outputs.
 
     Raises:
         SpecError, SizeError, OperatorError: before any work.
@@ -176,7 +176,8 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
         return contract_call(spec, tensors, backend)
     kind = tensors[0].dtype if tensors else torch.float32
     if kind in _WIDER:
-        return _NARROWED[kind](contract(spec, *(tensor.to(_WIDER[kind]) for tensor in tensors), backend=backend))
+        made = contract(spec, *(tensor.to(_WIDER[kind]) for tensor in tensors), backend=backend)
+        return _NARROWED[kind](made) if isinstance(made, Tensor) else tuple(map(_NARROWED[kind], made))
     net = _network(spec)
     sizes = _sizes(net, spec, [tuple(tensor.shape) for tensor in tensors])
     run = family(_structure(net.spec, tensors, "auto", backend)).find(sizes)
@@ -184,13 +185,14 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Operand
     return run(*tensors)
 
 
-def _contract_arrays(spec: str, arrays: Sequence[np.ndarray], backend: str) -> np.ndarray:
+def _contract_arrays(spec: str, arrays: Sequence[np.ndarray], backend: str) -> Any:
     common = common_dtype(arrays)
     if any(array.dtype.newbyteorder("=") != common for array in arrays):
         raise OperatorError(f"operands have different dtypes: {', '.join(str(array.dtype) for array in arrays)}")
     arrays = [array.astype(common, copy=False) for array in arrays]
     if common != np.bool_ and in_torch(common):
-        return contract(spec, *map(tensor_of, arrays), backend=backend).numpy()
+        made = contract(spec, *map(tensor_of, arrays), backend=backend)
+        return made.numpy() if isinstance(made, Tensor) else tuple(result.numpy() for result in made)
     net = _network(spec)
     sizes = _sizes(net, spec, [array.shape for array in arrays])
     structure = Structure(net.spec, torch.float64, torch.device("cpu"), (False,) * len(arrays))
@@ -199,8 +201,11 @@ def _contract_arrays(spec: str, arrays: Sequence[np.ndarray], backend: str) -> n
     for term, array in zip(map(net.term, net.names), arrays, strict=True):
         if ROWS in term.axes:
             lead = array.shape[: array.ndim - len(term.dims) + 1]
-    dims = [math.prod(sizes[axis] for axis in dim) for dim in net.output.dims if dim != (ROWS,)]
-    return found.reshape((*(lead if ROWS in net.output.axes else ()), *dims))
+    results = []
+    for term, made in zip(net.spec.outputs, found, strict=True):
+        dims = [math.prod(sizes[axis] for axis in dim) for dim in term.dims if dim != (ROWS,)]
+        results.append(made.reshape((*(lead if ROWS in term.axes else ()), *dims)))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def contract_path(*args: Any, optimize: Any = None, shapes: bool = False) -> PathReport:
@@ -407,7 +412,7 @@ def _run_arrays(asked: Hashable, equation: Equation, arrays: Sequence[np.ndarray
         return _bind(equation, tensors, asked)(*tensors).numpy()
     sizes, narrow = equation.bind([array.shape for array in arrays])
     stand_in = Structure(equation.spec(narrow), torch.float64, torch.device("cpu"), (False,) * len(arrays), asked)
-    return run_plan(family(stand_in).find(sizes).plan, [array.squeeze(drop) for array, drop in zip(arrays, narrow, strict=True)])
+    return run_plan(family(stand_in).find(sizes).plan, [array.squeeze(drop) for array, drop in zip(arrays, narrow, strict=True)])[0]
 
 
 def _structure(spec: Spec, tensors: Sequence[Tensor], asked: Hashable, backend: str = "planned") -> Structure:

@@ -75,7 +75,7 @@ class _Merged:
 def _is_matrix(network: Network) -> bool:
     """Whether the network is a matrix applied to the rows of its one input."""
     roles = len(network.inputs) == 1 and bool(network.cores) and not network.consts and len(network.names) == len(network.spec.operands)
-    if not roles or network.dynamic != (ROWS,):
+    if not roles or network.dynamic != (ROWS,) or len(network.parts) > 1:
         return False
     return all(ROWS in term.axes for term in (network.term(network.inputs[0]), network.output))
 

@@ -21,7 +21,7 @@ from tn.spec import ROWS
 
 _LIBRARY = torch.library.Library("tn", "FRAGMENT")
 _LIBRARY.define("einsum(str equation, Tensor[] operands, str optimize) -> Tensor")
-_LIBRARY.define("contract(str spec, Tensor[] operands, str backend) -> Tensor")
+_LIBRARY.define("contract(str spec, Tensor[] operands, str backend) -> Tensor[]")
 
 
 def einsum_call(args: Sequence[Any], optimize: Any, dtype: torch.dtype | None) -> Tensor:
@@ -51,12 +51,13 @@ def converted(operands: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [operand.to(dtype) for operand in operands]
 
 
-def contract_call(spec: str, operands: Sequence[Any], backend: str) -> Tensor:
+def contract_call(spec: str, operands: Sequence[Any], backend: str) -> Any:
     """The call of `tn.contract` as a graph holds it."""
     for operand in operands:
         if not isinstance(operand, Tensor):
             raise KindError(f"an operand is a {type(operand).__name__}; inside torch.compile tn.contract takes torch tensors only")
-    return torch.ops.tn.contract(spec, list(operands), backend)
+    made = torch.ops.tn.contract(spec, list(operands), backend)
+    return tuple(made) if "," in spec.partition("->")[2] else made[0]
 
 
 def is_symbolic(operands: Sequence[Tensor]) -> bool:
@@ -73,10 +74,11 @@ def _einsum(equation: str, operands: Sequence[Tensor], optimize: str) -> Tensor:
     return found(*(operand.squeeze(drop) if drop else operand for operand, drop in zip(operands, narrow, strict=True)))
 
 
-def _contract(spec: str, operands: Sequence[Tensor], backend: str) -> Tensor:
+def _contract(spec: str, operands: Sequence[Tensor], backend: str) -> list[Tensor]:
     net = network(spec)
     sizes = net.bind([operand.shape for operand in operands])
-    return _program(net.spec, operands, sizes, "auto", backend)(*operands)
+    made = _program(net.spec, operands, sizes, "auto", backend)(*operands)
+    return [made] if isinstance(made, Tensor) else list(made)
 
 
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):  # vmap has a dispatch key of its own for the same thing

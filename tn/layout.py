@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tn.machine import Machine
@@ -70,12 +70,12 @@ def choose(path: Path, job: Job) -> tuple[float, tuple[Axes, ...]]:
     return next(iter(table[-1].values()))[0], tuple(chosen)
 
 
-def bound(path: Path, job: Job) -> float:
-    """Cost (see `choose`) of a tree whose every step runs in its own best layout."""
+def bound(path: Path, job: Job, repeated: Collection[int] = ()) -> float:
+    """Cost (see `choose`) of a tree whose every step runs in its own best layout, without the steps that are repeated."""
     axes, needs, total = [*job.inputs], list(job.grads), 0.0
-    for left, right, out in steps_of(path, job.inputs, job.output):
+    for number, (left, right, out) in enumerate(steps_of(path, job.inputs, job.output)):
         weights = job.weights(axes[left], axes[right], out, needs[left], needs[right])
-        total += _ideal(axes[left], axes[right], out, weights, job)
+        total += 0.0 if number in repeated else _ideal(axes[left], axes[right], out, weights, job)
         axes.append(out)
         needs.append(needs[left] or needs[right])
     return total

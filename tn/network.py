@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -72,6 +73,38 @@ class Network:
             raise SpecError(f"network has {len(self.spec.outputs)} outputs; this operation needs exactly one")
         return self.spec.outputs[0]
 
+    @functools.cached_property
+    def parts(self) -> tuple["Network", ...]:
+        """One network for each output.
+
+        With several outputs, an operand takes part in one if each of its axes is in that output or on another operand that takes part.
+
+        >>> net = network("x: ... i, a: i r, u: r o, v: r p -> y: ... o, z: ... p")
+        >>> [", ".join(part.names) for part in net.parts]
+        ['x, a, u', 'x, a, v']
+        """
+        if len(self.spec.outputs) == 1:
+            return (self,)
+        return tuple(self._part(term) for term in self.spec.outputs)
+
+    def _part(self, output: Term) -> "Network":
+        terms = list(self.spec.operands)
+        rest: list[Term] = []
+        while rest != terms:
+            count = Counter(axis for term in (*terms, output) for axis in set(term.axes))
+            rest, terms = terms, [term for term in terms if all(count[axis] > 1 for axis in term.axes)]
+        axes = {axis for term in terms for axis in term.axes}
+        missing = [axis for axis in output.axes if axis not in axes]
+        if missing or not terms:
+            which = f"no operand with axis {missing[0]!r}" if missing else "no operand"
+            raise SpecError(
+                f"output {output.name!r}: {which} takes part; each of its axes has to be in the output or on another such operand"
+            )
+        names = {term.name for term in terms}
+        known = tuple((axis, size) for axis, size in self.known if axis in axes)
+        roles = [tuple(name for name in role if name in names) for role in (self.cores, self.consts)]
+        return Network(Spec(tuple(terms), (output,)), known, *roles)
+
     def term(self, name: str) -> Term:
         """The first occurrence of a tensor."""
         for term in self.spec.operands:
@@ -134,12 +167,15 @@ class Network:
         >>> [(f.d_in, f.d_out) for f in network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", sizes, cores=("a", "c")).fans()]
         [(8, 32), (8, 32)]
         """
+        if len(self.spec.outputs) > 1:
+            by_core = {fan.core: fan for part in reversed(self.parts) for fan in part.fans()}
+            return tuple(by_core[name] for name in self.cores)
         current = {axis for name in self.inputs for axis in self.term(name).axes}
         fans = []
         for position, name in enumerate(self.cores):
             axes = dict.fromkeys(self.term(name).axes)
             later = {axis for other in self.cores[position + 1 :] for axis in self.term(other).axes}
-            later |= {axis for term in self.spec.outputs for axis in term.axes}
+            later |= set(self.output.axes)
             contracted = [axis for axis in axes if axis in current and axis not in later]
             kept = [axis for axis in axes if axis not in current]
             fans.append(Fan(name, math.prod(self.sizes[a] for a in contracted), math.prod(self.sizes[a] for a in kept)))
@@ -285,4 +321,8 @@ def network(spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: 
     checked = Network(parsed, tuple((axis, given[axis]) for axis in draft.axes if axis in given), draft.cores, draft.consts)
     for name in checked.cores:
         checked.shape(name)
+    used = {name for part in checked.parts for name in part.names}
+    for name in checked.names:
+        if name not in used:
+            raise SpecError(f"tensor {name!r} takes part in no output: an axis of it is neither in that output nor on another operand")
     return checked

@@ -24,7 +24,7 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 @torch.library.custom_op("tn::contraction", mutates_args=())
 def contraction(operands: Sequence[Tensor], key: str) -> list[Tensor]:
-    """The result of a registered program, then what its gradient needs besides the operands."""
+    """The results of a registered program, then what its gradient needs besides the operands."""
     return _contiguous(_programs[key].opaque_forward()(*operands))
 
 
@@ -32,30 +32,31 @@ def contraction(operands: Sequence[Tensor], key: str) -> list[Tensor]:
 def _(operands: Sequence[Tensor], key: str) -> list[Tensor]:
     program = _programs[key]
     if program.plan.tile is not None:  # a loop over symbolic rows would be unrolled
-        return [operands[0].new_empty(program.result_shape(operands))]
+        return [operands[0].new_empty(shape) for shape in program.result_shapes(operands)]
     return _contiguous(program.opaque_forward()(*operands))
 
 
 @torch.library.custom_op("tn::contraction_backward", mutates_args=())
-def contraction_backward(gradient: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool], key: str) -> list[Tensor]:
+def contraction_backward(gradients: Sequence[Tensor], tensors: Sequence[Tensor], needs: Sequence[bool], key: str) -> list[Tensor]:
     """Gradients of the operands that need one; `tensors` are the operands and what the forward pass kept."""
-    return _contiguous(_programs[key].opaque_backward(tuple(needs))(gradient, *tensors))
+    return _contiguous(_programs[key].opaque_backward(tuple(needs))(*gradients, *tensors))
 
 
 @contraction_backward.register_fake
-def _(gradient: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool], key: str) -> list[Tensor]:
+def _(gradients: Sequence[Tensor], tensors: Sequence[Tensor], needs: Sequence[bool], key: str) -> list[Tensor]:
     wanted = [operand for operand, need in zip(tensors, needs, strict=False) if need]
     return [torch.empty_like(operand, memory_format=torch.contiguous_format) for operand in wanted]
 
 
 def _setup(ctx, inputs: tuple[Sequence[Tensor], str], output: list[Tensor]) -> None:
     operands, ctx.key = inputs
+    ctx.outputs = _programs[ctx.key].outputs
     ctx.needs = [operand.requires_grad for operand in operands]
-    ctx.save_for_backward(*operands, *output[1:])
+    ctx.save_for_backward(*operands, *output[ctx.outputs :])
 
 
 def _backward(ctx, gradients: list[Tensor]) -> tuple[list[Tensor | None], None]:
-    found = iter(contraction_backward(gradients[0], ctx.saved_tensors, ctx.needs, ctx.key))
+    found = iter(contraction_backward(gradients[: ctx.outputs], ctx.saved_tensors, ctx.needs, ctx.key))
     return [next(found) if need else None for need in ctx.needs], None
 
 

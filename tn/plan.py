@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -20,7 +20,8 @@ from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes, Path
 from tn.pairing import Pairing, pair
-from tn.spec import ROWS
+from tn.sharing import alike
+from tn.spec import ROWS, Term
 
 FORMAT = 2  # of the JSON
 _KEYS = {
@@ -94,9 +95,39 @@ class Plan:
         return dict(self.sizes)
 
     @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The operands as the steps take them: those of every part of the network, one part after the other."""
+        return tuple(term for part in self.network.parts for term in part.spec.operands)
+
+    @functools.cached_property
     def leaves(self) -> tuple[Axes, ...]:
         """Axes of every operand after diagonals are read and axes that nobody else needs are summed."""
-        return leaf_axes(self.network)
+        return tuple(axes for part in self.network.parts for axes in leaf_axes(part))
+
+    @functools.cached_property
+    def results(self) -> tuple[int, ...]:
+        """The SSA value of each output."""
+        return _results([len(part.spec.operands) for part in self.network.parts])
+
+    @functools.cached_property
+    def same(self) -> Mapping[int, tuple[int, Mapping[str, str]]]:
+        """Values that are not computed: value → (the earlier value it equals, that one's axes → its own)."""
+        return {
+            value: (first, names)
+            for value, (first, names) in self.alike.items()
+            if self.orders[value] == tuple(names[axis] for axis in self.orders[first])
+        }
+
+    @functools.cached_property
+    def alike(self) -> dict[int, tuple[int, dict[str, str]]]:
+        """The same for values whose memory orders may differ."""
+        if len(self.network.names) == len(self.terms):
+            return {}
+        return alike(self.terms, self.leaves, self.path, self.orders[len(self.leaves) :], self.network.sizes)
+
+    def first(self, value: int) -> int:
+        """The value that is computed for this one."""
+        return self.same[value][0] if value in self.same else value
 
     @functools.cached_property
     def step_size(self) -> Mapping[str, int]:
@@ -104,20 +135,37 @@ class Plan:
         return self.size if self.tile is None else {**self.size, ROWS: self.tile}
 
     @functools.cached_property
-    def steps(self) -> tuple[Step, ...]:
-        """The pairwise contractions in order."""
+    def tree_steps(self) -> tuple[Step, ...]:
+        """Every pairwise contraction of the tree, those that equal an earlier one too."""
         first = len(self.leaves)
         return tuple(Step(left, right, first + i, self.pairing(left, right, first + i)) for i, (left, right) in enumerate(self.path))
 
     @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The pairwise contractions that run, in order; operands may be values that equal an earlier one (`same`)."""
+        if not self.same:
+            return self.tree_steps
+        wanted = {self.first(value) for value in self.results}
+        for step in reversed(self.tree_steps):
+            if step.out in wanted:
+                wanted |= {self.first(step.left), self.first(step.right)}
+        return tuple(step for step in self.tree_steps if step.out in wanted)
+
+    @functools.cached_property
     def backward_steps(self) -> tuple[Step, ...]:
         """The contractions of the needed gradients, in the order they run: `out` is the value whose gradient is made."""
-        found = []
+        return tuple(self.gradient_steps(self.needs))
+
+    def gradient_steps(self, needs: Sequence[bool]) -> Iterator[Step]:
+        """The contractions of the gradients of some values, last step first. A square's gradient is made once and doubled."""
         for step in reversed(self.steps):
             for target, other in ((step.left, step.right), (step.right, step.left)):
-                if self.needs[target]:
-                    found.append(Step(step.out, other, target, self.pairing(step.out, other, target)))
-        return tuple(found)
+                if needs[target] and not (target == step.right and self.squares(target, other)):
+                    yield Step(step.out, other, target, self.pairing(step.out, other, target))
+
+    def squares(self, left: int, right: int) -> bool:
+        """Whether two values are one, axis by axis."""
+        return self.first(left) == self.first(right) and self.orders[left] == self.orders[right]
 
     def pairing(self, left: int, right: int, out: int) -> Pairing:
         """How SSA values, or their gradients, are contracted into another in the orders of this plan."""
@@ -126,14 +174,30 @@ class Plan:
     @functools.cached_property
     def needs(self) -> tuple[bool, ...]:
         """Whether each SSA value needs a gradient."""
-        needs = [term.name in self.grad for term in self.network.spec.operands]
+        return self.needing(self.grad)
+
+    def needing(self, names: Collection[str]) -> tuple[bool, ...]:
+        """Whether each SSA value needs a gradient when these tensors do."""
+        needs = [term.name in names for term in self.terms]
         for left, right in self.path:
             needs.append(needs[left] or needs[right])
         return tuple(needs)
 
+    @functools.cached_property
+    def kept(self) -> tuple[int, ...]:
+        """Intermediates: values of steps that a later step takes."""
+        taken = {self.first(value) for step in self.steps for value in (step.left, step.right)}
+        return tuple(step.out for step in self.steps if step.out in taken)
+
     @property
     def tree(self) -> Any:
-        """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs."""
+        """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs.
+
+        Raises:
+            PlanError: the network has several outputs.
+        """
+        if len(self.results) > 1:
+            raise PlanError(f"a tree has one output, this network has {len(self.results)}; plan one of `network.parts`")
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
 
     def times(self, step: Step) -> float:
@@ -144,12 +208,20 @@ class Plan:
     @property
     def flops(self) -> int:
         """Forward FLOPs, 2 × the product of the axis sizes of every step."""
-        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.steps)
+        return self._flops(self.steps)
+
+    @property
+    def tree_flops(self) -> int:
+        """Forward FLOPs if no step were shared, 2 × those of cotengra's tree."""
+        return self._flops(self.tree_steps)
 
     @property
     def backward_flops(self) -> int:
         """FLOPs of the gradients in `grad`."""
-        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in self.backward_steps)
+        return self._flops(self.backward_steps)
+
+    def _flops(self, steps: Iterable[Step]) -> int:
+        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in steps)
 
     @property
     def seconds(self) -> float:
@@ -160,7 +232,7 @@ class Plan:
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
-        return seconds + self._streaming(self.orders[: len(self.leaves)], self.orders[-1:])
+        return seconds + self._streaming(self._operands, self._made)
 
     @property
     def backward_seconds(self) -> float:
@@ -168,9 +240,17 @@ class Plan:
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
         if not self.tile or not self.grad:
             return seconds
-        again = sum(self.times(step) * step.pairing.seconds for step in self.steps[:-1] if self.times(step) > 1)
+        again = sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
         made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
-        return seconds + again + self._streaming((*self.orders[: len(self.leaves)], self.orders[-1]), made)
+        return seconds + again + self._streaming((*self._operands, *self._made), made)
+
+    @property
+    def _operands(self) -> list[Axes]:
+        return [self.orders[leaf] for leaf in range(len(self.leaves)) if leaf not in self.same]
+
+    @property
+    def _made(self) -> list[Axes]:
+        return [self.orders[value] for value in self.results]
 
     def _streaming(self, read: Iterable[Axes], made: Iterable[Axes]) -> float:
         """Seconds that reading and writing whole tensors takes besides, when steps only see a tile of them."""
@@ -272,17 +352,62 @@ def _check(plan: Plan) -> None:
         raise PlanError(unknown("tensor", unknown_names[0], net.names))
     if plan.goal not in GOALS:
         raise PlanError(unknown("goal", plan.goal, GOALS))
-    alive = set(range(count))
-    for number, (left, right) in enumerate(plan.path):
-        if left == right or left not in alive or right not in alive:
-            raise PlanError(f"step {number} contracts values {left!r} and {right!r}, of which at least one is not there")
-        alive = alive - {left, right} | {count + number}
-    expected = [*plan.leaves, *(out for _, _, out in order.steps_of(plan.path, plan.leaves, net.output.axes))]
-    if len(alive) != 1 or len(plan.orders) != len(expected):
+    expected: list[Axes] = [*plan.leaves]
+    leaf, step = 0, count
+    for part in net.parts:  # each has a tree of its own: its operands, then its steps
+        own = len(part.spec.operands)
+        mine = [*range(leaf, leaf + own), *range(step, step + own - 1)]
+        pairs, alive = plan.path[step - count : step - count + own - 1], set(mine[:own])
+        for number, (left, right) in enumerate(pairs):
+            if left == right or not {left, right} <= alive:
+                raise PlanError(f"step {step - count + number} contracts values {left!r} and {right!r}, of which at least one is not there")
+            alive = alive - {left, right} | {mine[own + number]}
+        if len(alive) != 1:
+            raise PlanError(f"{len(plan.path)} steps leave {len(alive)} tensors of {own} operands, expected one")
+        local = tuple((mine.index(left), mine.index(right)) for left, right in pairs)
+        expected += [out for *_, out in order.steps_of(local, plan.leaves[leaf : leaf + own], part.output.axes)]
+        leaf, step = leaf + own, step + own - 1
+    if len(plan.path) != step - count or len(plan.orders) != len(expected):
         raise PlanError(f"{len(plan.path)} steps and {len(plan.orders)} memory orders for {count} operands")
     for number, (given, axes) in enumerate(zip(plan.orders, expected, strict=True)):
         if sorted(map(str, given)) != sorted(axes):
             raise PlanError(f"value {number} has the memory order {given}, its axes are {axes}")
+
+
+def _results(counts: Sequence[int]) -> tuple[int, ...]:
+    """The last SSA value of each tree of a forest; a tree of one operand is that operand."""
+    found, leaf, step = [], 0, sum(counts)
+    for count in counts:
+        step += count - 1
+        found.append(leaf if count == 1 else step - 1)
+        leaf += count
+    return tuple(found)
+
+
+def settled(draft: Plan) -> Plan:
+    """The draft, or a plan of the same trees in which alike values lie in memory alike too, so that they are computed once."""
+    plans = [draft]
+    for later in (False, True):
+        orders = list(draft.orders)
+        for value, (first, names) in draft.alike.items():
+            if later:
+                back = {mine: theirs for theirs, mine in names.items()}
+                orders[first] = tuple(back[axis] for axis in orders[value])
+            else:
+                orders[value] = tuple(names[axis] for axis in orders[first])
+        if all(orders[value] == draft.orders[value] for value in draft.results):
+            plans.append(dataclasses.replace(draft, orders=tuple(orders)))
+    return min(plans, key=lambda plan: plan.seconds) if draft.alike else draft
+
+
+def repeated(network: Network, path: Path) -> frozenset[int]:
+    """Steps of a tree that equal an earlier one."""
+    if len(network.names) == len(network.spec.operands):
+        return frozenset()
+    leaves = leaf_axes(network)
+    outs = [out for *_, out in order.steps_of(path, leaves, network.output.axes)]
+    copies = alike(network.spec.operands, leaves, path, outs, network.sizes)
+    return frozenset(value - len(leaves) for value in copies if value >= len(leaves))
 
 
 def leaf_axes(network: Network) -> tuple[Axes, ...]:
@@ -348,7 +473,53 @@ def plan(
         "table": table or machine(device, dtype),
         "seed": seed,
     }
-    return store.recall(asked, _plan, Plan.from_json)
+    return store.recall(asked, _plan if len(network.parts) == 1 else _plan_outputs, Plan.from_json)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_outputs(
+    network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
+) -> Plan:
+    """A tree for each output: the best ones by themselves, then those that share more if that is faster; one tile for all."""
+    size, jobs, choices = dict(sizes), [], []
+    for part in network.parts:
+        mine = tuple((axis, extent) for axis, extent in sizes if axis in part.axes)
+        alone = _plan(part, mine, tuple(name for name in grad if name in part.names), goal, search, table, seed)
+        jobs.append(Job(alone.leaves, part.output.axes, alone.size, alone.needs[: len(alone.leaves)], table))
+        choices.append(list(dict.fromkeys([alone.path, *(path for _, path, _ in alone.others)])))
+    counts = [len(job.inputs) for job in jobs]
+    best = _flops if goal == "flops" else _seconds
+
+    def made(paths: Sequence[Path], tile: int | None) -> tuple[float, Plan]:
+        tiled = [
+            job if tile is None else dataclasses.replace(job, sizes={**job.sizes, ROWS: tile}, tiles=size[ROWS] / tile) for job in jobs
+        ]
+        orders = [choose(path, job)[1] for path, job in zip(paths, tiled, strict=True)]
+        leaves = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[:count]]
+        inner = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[count:]]
+        found = settled(Plan(network, sizes, grad, goal, search, _forest(paths, counts), (*leaves, *inner), tile, table))
+        return found.seconds, found
+
+    paths = [choice[0] for choice in choices]
+    plans = [made(paths, None)]
+    for place, choice in enumerate(choices):
+        for path in choice[1:]:
+            plans.append(made([*paths[:place], path, *paths[place + 1 :]], None))
+            if best(plans[-1]) <= min(map(best, plans)):
+                paths[place] = path
+    plans += [made(paths, tile) for tile in (_tiles(plans[0][1]) if goal == "time" else ())]
+    return min(plans, key=best)[1]
+
+
+def _forest(paths: Sequence[Path], counts: Sequence[int]) -> Path:
+    """The pairs of several trees, over the operands of all of them."""
+    pairs: list[tuple[int, int]] = []
+    leaf, leaves = 0, sum(counts)
+    for path, count in zip(paths, counts, strict=True):
+        step = leaves + len(pairs)
+        pairs += [tuple(leaf + value if value < count else step + value - count for value in pair) for pair in path]  # type: ignore[misc]
+        leaf += count
+    return tuple(pairs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -362,10 +533,10 @@ def _plan(
     plans: list[tuple[float, Plan]] = []
 
     def add(path: Path, orders: tuple[Axes, ...], tile: int | None) -> None:
-        made = Plan(network, sizes, grad, goal, search, path, orders, tile, table)
+        made = settled(Plan(network, sizes, grad, goal, search, path, orders, tile, table))
         plans.append((made.seconds, made))
 
-    ranked = sorted((bound(path, job), path) for path in paths)
+    ranked = sorted((bound(path, job, repeated(network, path)), path) for path in paths)
     for least, path in ranked[:_LAID_OUT]:
         if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
             break
@@ -393,14 +564,15 @@ def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
 
 def _tiles(plan: Plan) -> list[int]:
     """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
-    inner = any(ROWS in plan.orders[step.out] for step in plan.steps[:-1])
-    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1]:
+    inner = any(ROWS in plan.orders[value] for value in plan.kept)
+    if not plan.machine.tiles or not inner or not all(ROWS in plan.orders[value] and value >= len(plan.leaves) for value in plan.results):
         return []
     return [tile for tile in _TILES if 2 * tile <= plan.size[ROWS]]
 
 
 def _table(plan: Plan) -> str:
-    names = [term.name for term in plan.network.spec.operands] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
+    names = [term.name for term in plan.terms] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
+    names = [names[plan.first(value)] for value in range(len(names))]
     dynamic = ", ".join(f"{axis}={plan.size[axis]}" for axis in plan.network.dynamic)
     lines = [
         f"plan of {plan.network.spec}",
@@ -415,7 +587,11 @@ def _table(plan: Plan) -> str:
         lines.append(_row(plan, title, step))
     if plan.tile is not None:
         lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
-    work = f"forward {plan.flops / 1e6:.2f} MFLOP, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
+    for output, value in zip(plan.network.spec.outputs, plan.results, strict=True):
+        if len(plan.results) > 1:
+            lines.append(f"  {output.name} is {names[value]}")
+    shared = f" ({plan.tree_flops / 1e6:.2f} without sharing)" if plan.tree_flops > plan.flops else ""
+    work = f"forward {plan.flops / 1e6:.2f} MFLOP{shared}, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
     lines.append(f"  {work}, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
     for seconds, path, tile in plan.others:
         rows = "all rows at once" if tile is None else f"{tile} rows at a time"

@@ -15,6 +15,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from tn.operators import transforming
 from tn.pairing import pair
 from tn.plan import Plan, plan
 from tn.spec import ROWS
-from tn.writer import Value, Writer, tuple_of
+from tn.writer import Gradients, Value, Writer, tuple_of
+
+_autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked up once: a call takes a microsecond or two
 
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbe]\d+(_t)?|n_\w+|n|g|g_t|y|y_t|rows|lead|size|start|gradient|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbegy]\d+(_t)?|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -38,17 +41,19 @@ class Program:
     """Runs a Plan. Make one with `tn.compile`; call it with one tensor per name of the network, in spec order.
 
     Attributes:
-        plan: what it runs. source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
-        plain: the plain form, called with the operands. fast: the fast form, which returns the result and what the gradient needs; None
+        plan: what it runs. outputs: how many results; with several, a call returns a tuple in spec order.
+        source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
+        plain: the plain form, called with the operands. fast: the fast form, which returns the results and what the gradient needs; None
             where the plain form is as good.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.names = plan.network.names
+        self.outputs = len(plan.results)
         self._code = _with_safe_names(plan)
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
-        self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # result, then what the gradient needs
+        self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
         if _worth_owning(plan):
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
@@ -60,18 +65,18 @@ class Program:
             return self.plain_source
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
-    def __call__(self, *operands: Tensor) -> Tensor:
-        if torch._C._is_any_autocast_enabled():
+    def __call__(self, *operands: Tensor) -> Any:
+        if _autocasting():
             operands = tuple(autocast(operands))
         fast = self.fast
         if fast is None or _transforming() or not fits_fast(operands):
-            if operands[0].dtype is torch.float16 and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
+            if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
                 with torch.autocast("cpu", enabled=False):
-                    return self(*(operand.float() for operand in operands)).half()
+                    return _halved(self(*(operand.float() for operand in operands)))
             return self.plain(*operands)
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             return _Owned.apply(self, *operands)
-        return fast(*operands)[0]
+        return fast(*operands)[0] if self.outputs == 1 else fast(*operands)[: self.outputs]
 
     def backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated gradient function for the operands that need one."""
@@ -86,15 +91,16 @@ class Program:
         assert self.fast is not None
         return self.fast if self.plan.tile is None else self.fast.__globals__["forward_tiled"]
 
-    def result_shape(self, operands: Sequence[Tensor]) -> tuple[int, ...]:
-        """Shape of the result for operands that fit; sizes may be symbols of a compiler."""
+    def result_shapes(self, operands: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """Shapes of the results for operands that fit; sizes may be symbols of a compiler."""
         network = self.plan.network
         lead: tuple[int, ...] = ()
         for name, operand in zip(self.names, operands, strict=True):
             dims = network.term(name).dims
             if dims[:1] == ((ROWS,),):
                 lead = tuple(operand.shape[: operand.dim() - len(dims) + 1])
-        return (*lead, *(math.prod(network.sizes[axis] for axis in dim) for dim in network.output.dims if dim != (ROWS,)))
+        sizes = network.sizes
+        return [(*lead, *(math.prod(sizes[axis] for axis in dim) for dim in term.dims if dim != (ROWS,))) for term in network.spec.outputs]
 
     def opaque_backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """Its gradient function for the operands that need one."""
@@ -112,22 +118,22 @@ class _Owned(torch.autograd.Function):
     """The fast form under autograd. Old style on purpose: a `setup_context` costs about 10 µs a call."""
 
     @staticmethod
-    def forward(ctx, program: Program, *operands: Tensor) -> Tensor:
+    def forward(ctx, program: Program, *operands: Tensor) -> Any:
         assert program.fast is not None
-        result, *saved = program.fast(*operands)
+        made, count = program.fast(*operands), program.outputs
         ctx.program = program
-        ctx.save_for_backward(*operands, *saved)
-        return result
+        ctx.save_for_backward(*operands, *made[count:])
+        return made[0] if count == 1 else made[:count]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         program, needs = ctx.program, ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
-            return None, *program.backward(needs)(gradient, *ctx.saved_tensors)
+            return None, *program.backward(needs)(*gradients, *ctx.saved_tensors)
         operands = ctx.saved_tensors[: len(needs)]  # create_graph: differentiate the plain form, which autograd sees through
         aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(program.plain(*aliases), wanted, gradient, create_graph=True))
+        found = iter(torch.autograd.grad(program.plain(*aliases), wanted, gradients, create_graph=True))
         return None, *(next(found) if need else None for need in needs)
 
 
@@ -138,6 +144,10 @@ def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
         return operands
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in operands]
+
+
+def _halved(results: Any) -> Any:
+    return results.half() if isinstance(results, Tensor) else tuple(result.half() for result in results)
 
 
 def _transforming() -> bool:
@@ -157,9 +167,7 @@ def _worth_owning(plan: Plan) -> bool:
     """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
 
     Diagonals and sums of a single operand keep the tape."""
-    simple = all(
-        len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.network.spec.operands, plan.leaves, strict=True)
-    )
+    simple = all(len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.terms, plan.leaves, strict=True))
     return simple and (plan.tile is not None or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
@@ -192,18 +200,18 @@ def _mismatch(network: Network, *operands: Tensor) -> None:
     raise SizeError(f"shapes {[tuple(operand.shape) for operand in operands]} do not fit {network.spec}")
 
 
-def _forward_body(writer: Writer, strided: bool, instead: str = "") -> tuple[list[Value], Value]:
-    """Write all steps; with more rows than a tile, the call `instead`."""
+def _forward_body(writer: Writer, strided: bool, instead: str = "") -> dict[int, Value]:
+    """Write all steps and give every value; with more rows than a tile, the call `instead`."""
     plan = writer.plan
     writer.prologue()
     if instead:
         _hand_over(writer, instead)
     values = _leaves(writer)
     for step in plan.steps:
-        left, right, order = values[step.left], values[step.right], plan.orders[step.out]
+        left, right, order = writer.value(values, step.left), writer.value(values, step.right), plan.orders[step.out]
         p = step.pairing if strided else pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
-        values.append(writer.product(left, right, order, p, f"v{step.out}", strided))
-    return values, values[-1]
+        values[step.out] = writer.product(left, right, order, p, f"v{step.out}", strided)
+    return values
 
 
 def _with_safe_names(plan: Plan) -> Plan:
@@ -229,61 +237,52 @@ def _reserved(name: str) -> bool:
     return keyword.iskeyword(name) or _OURS.fullmatch(name) is not None
 
 
-def _leaves(writer: Writer) -> list[Value]:
-    return [writer.leaf(term, axes) for term, axes in zip(writer.plan.network.spec.operands, writer.plan.leaves, strict=True)]
+def _leaves(writer: Writer) -> dict[int, Value]:
+    plan = writer.plan
+    return {i: writer.leaf(term, plan.leaves[i]) for i, term in enumerate(plan.terms) if i not in plan.same}
 
 
-def _new(writer: Writer, result: Value) -> str:
-    """The result as a new tensor: without a step it may be a view of an operand."""
-    text = writer.result(result, writer.plan.network.output)
-    return text if writer.plan.steps else f"{text}.clone()"
+def _returned(writer: Writer, values: dict[int, Value]) -> list[str]:
+    """The results, each a new tensor: without a step one may be a view of an operand, and two may be equal."""
+    plan, found, seen = writer.plan, [], set(range(len(writer.plan.leaves)))
+    for value, term in zip(plan.results, plan.network.spec.outputs, strict=True):
+        text = writer.result(writer.value(values, value), term)
+        found.append(f"{text}.clone()" if plan.first(value) in seen else text)
+        seen.add(plan.first(value))
+    return found
 
 
 def _plain_source(plan: Plan) -> str:
     writer = Writer(plan)
-    _, result = _forward_body(writer, strided=False)
-    text = _new(writer, result)
+    text = ", ".join(_returned(writer, _forward_body(writer, strided=False)))
     return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
 
 
 def _fast_source(plan: Plan) -> str:
     writer = Writer(plan)
-    values, result = _forward_body(writer, strided=True, instead=f"forward_tiled({', '.join(plan.network.names)})")
-    saved = [value.name for value in values[len(plan.leaves) : -1]]
-    returned = ", ".join([writer.result(result, plan.network.output), *saved])
+    values = _forward_body(writer, strided=True, instead=f"forward_tiled({', '.join(plan.network.names)})")
+    returned = ", ".join([*_returned(writer, values), *(values[value].name for value in plan.kept)])
     whole = "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.lines, f"    return {returned},", ""])
     return whole if plan.tile is None else f"{tiles.forward_source(plan)}\n{whole}"
 
 
 def _backward_source(plan: Plan, needs: Sequence[bool]) -> str:
-    """gradient, operands, saved intermediates → one gradient (or None) per name."""
+    """gradients of the results, operands, saved intermediates → one gradient (or None) per name."""
     network, writer = plan.network, Writer(plan)
-    wanted = {name for name, need in zip(network.names, needs, strict=True) if need}
-    made, result = _forward_body(Writer(plan), strided=True)
-    intermediates = made[len(plan.leaves) :]
-    saved = [value.name for value in intermediates[:-1]]
+    need = plan.needing({name for name, need in zip(network.names, needs, strict=True) if need})
+    intermediates = {step: value for step, value in _forward_body(Writer(plan), strided=True).items() if step in plan.kept}
     writer.prologue()
-    _hand_over(writer, f"backward_tiled(gradient, {', '.join(network.names)})")
-    values = [*_leaves(writer), *intermediates]
-    need = [term.name in wanted for term in network.spec.operands]
-    for left, right in plan.path:
-        need.append(need[left] or need[right])
-    gradients: dict[int, Value] = {len(values) - 1: Value("gradient", result.order, None)}
-    for step in reversed(plan.steps):
-        if not need[step.out]:
-            continue
-        above = gradients[step.out]
-        for target, other in ((step.left, step.right), (step.right, step.left)):
-            if need[target]:
-                p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)
-                gradients[target] = writer.product(above, values[other], plan.orders[target], p, f"d{target}", True)
-    returned = []
-    for name in network.names:
-        parts = [writer.result(gradients[i], term) for i, term in enumerate(network.spec.operands) if term.name == name and need[i]]
-        returned.append(" + ".join(parts) if parts else "None")
-    header = f"def backward({', '.join(['gradient', *network.names, *(f'{name}=None' for name in saved)])}):"
-    whole = "\n".join([header, *writer.lines, f"    return {', '.join(returned)},", ""])
-    return whole if plan.tile is None else f"{tiles.backward_source(plan, needs)}\n{whole}"
+    given = [f"gradient{i}" for i in range(len(plan.results))]
+    _hand_over(writer, f"backward_tiled({', '.join([*given, *network.names])})")
+    values = {**_leaves(writer), **intermediates}
+    gradients = Gradients(writer)
+    for name, value, term in zip(given, plan.results, network.spec.outputs, strict=True):
+        gradients.give(value, Value(name, term.axes, None if ROWS in term.axes else term.dims))
+    for step in plan.gradient_steps(need):
+        gradients.add(step, writer.value(values, step.right))
+    names = [*given, *network.names, *(f"{value.name}=None" for value in intermediates.values())]
+    whole = "\n".join([f"def backward({', '.join(names)}):", *writer.lines, f"    return {gradients.returned(need)},", ""])
+    return whole if plan.tile is None else f"{tiles.backward_source(plan, need)}\n{whole}"
 
 
 def _hand_over(writer: Writer, call: str) -> None:
@@ -295,7 +294,7 @@ def _hand_over(writer: Writer, call: str) -> None:
 
 def einsum_steps(plan: Plan) -> Iterator[tuple[str, int, int]]:
     """(equation, left, right) of every step in torch.einsum letters, at most 52 a step."""
-    for step in plan.steps:
+    for step in plan.tree_steps:
         axes = dict.fromkeys((*plan.orders[step.left], *plan.orders[step.right]))
         if len(axes) > len(string.ascii_letters):
             raise PlanError(f"a step has {len(axes)} axes, torch.einsum has {len(string.ascii_letters)} letters")
@@ -312,20 +311,21 @@ class EinsumProgram:
         self.names = plan.network.names
         writer = Writer(_with_safe_names(plan))
         writer.prologue()
-        values = _leaves(writer)
+        values = [writer.leaf(term, axes) for term, axes in zip(writer.plan.terms, plan.leaves, strict=True)]
         for i, value in enumerate(values):
             axes = [(axis,) for axis in value.order]
             if value.dims != tuple(axes):
                 writer.add(f"v{i} = {value.name}.reshape({tuple_of([writer.extent(axis) for axis in axes])})")
                 values[i] = Value(f"v{i}", value.order, tuple(axes))
-        for step, (equation, left, right) in zip(plan.steps, einsum_steps(plan), strict=True):
+        for step, (equation, left, right) in zip(plan.tree_steps, einsum_steps(plan), strict=True):
             writer.add(f'v{step.out} = torch.einsum("{equation}", {values[left].name}, {values[right].name})')
             values.append(Value(f"v{step.out}", plan.orders[step.out], tuple((axis,) for axis in plan.orders[step.out])))
-        text, names = _new(writer, values[-1]), writer.plan.network.names
+        made = dict(enumerate(values))
+        text, names = ", ".join(_returned(writer, made)), writer.plan.network.names
         source = "\n".join([f"def forward({', '.join(names)}):", *writer.lines, f"    return {text}", ""])
         self._run, self.source = _load(plan, "einsum", source)
 
-    def __call__(self, *operands: Tensor) -> Tensor:
+    def __call__(self, *operands: Tensor) -> Any:
         return self._run(*operands)
 
     def __reduce__(self):

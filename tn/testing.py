@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tn.errors import SpecError
 from tn.network import Network, network
 
 _SLACK = 4.0
@@ -42,8 +43,13 @@ def assert_close(
         )
 
 
-def one_shot(network: Network, operands: dict[str, Tensor]) -> Tensor:
-    """The network as a single sum over all axes, in the dtype of the operands: the oracle, exponential in memory, for small sizes only."""
+def one_shot(network: Network, operands: dict[str, Tensor]) -> Any:
+    """The network as a single sum over all axes, in the dtype of the operands: the oracle, exponential in memory, for small sizes only.
+
+    Several outputs give a tuple.
+    """
+    if len(network.parts) > 1:
+        return tuple(one_shot(part, operands) for part in network.parts)
     sizes = network.bind([operands[name].shape for name in network.names])
     axes, total = network.axes, None
     for term in network.spec.operands:
@@ -74,35 +80,41 @@ def _product(sizes: dict[str, int], dim: tuple[str, ...]) -> int:
     return result
 
 
-def networks(*, operands: int = 4, axes: int = 5, size: int = 3) -> Any:
+def networks(*, operands: int = 4, axes: int = 5, size: int = 3, outputs: int = 1) -> Any:
     """A hypothesis strategy of (network, shapes): random networks with hyperaxes, diagonals, repeated tensors, size-one axes and scalars.
 
     Args:
-        operands: at most this many. axes: names to draw from. size: largest axis size (≥ 1).
+        operands: at most this many. axes: names to draw from. size: largest axis size (≥ 1). outputs: exactly this many.
 
     Returns:
         A strategy of (Network without known sizes, {name: shape}).
     """
-    from hypothesis import strategies as st  # late: hypothesis belongs to the tests
+    from hypothesis import reject, strategies  # late: hypothesis belongs to the tests
 
     words = ["a1", "bee", "c", "dim", "e", "f0", "gg"][:axes]
 
-    @st.composite
+    @strategies.composite
     def draw_network(draw):
-        sizes = {word: draw(st.integers(1, size)) for word in words}
-        count = draw(st.integers(1, operands))
+        sizes = {word: draw(strategies.integers(1, size)) for word in words}
+        count = draw(strategies.integers(1, operands))
         terms: list[tuple[str, list[str]]] = []
         for i in range(count):
-            mine = draw(st.lists(st.sampled_from(words), max_size=3))
+            mine = draw(strategies.lists(strategies.sampled_from(words), max_size=3))
             name = f"t{i}"
             earlier = [t for t in terms if [sizes[w] for w in t[1]] == [sizes[w] for w in mine]]
-            if earlier and draw(st.booleans()):
+            if earlier and draw(strategies.booleans()):
                 name = earlier[0][0]
             terms.append((name, mine))
         known = list(dict.fromkeys(word for _, mine in terms for word in mine))
-        out = draw(st.lists(st.sampled_from(known), unique=True, max_size=3)) if known else []
-        spec = ", ".join(f"{name}: {' '.join(mine)}" for name, mine in terms) + " -> " + " ".join(out)
+        results = []
+        for i in range(outputs):
+            out = draw(strategies.lists(strategies.sampled_from(known), unique=True, max_size=3)) if known else []
+            results.append((f"y{i}: " if outputs > 1 else "") + " ".join(out))
+        spec = ", ".join(f"{name}: {' '.join(mine)}" for name, mine in terms) + " -> " + ", ".join(results)
         shapes = {name: tuple(sizes[word] for word in mine) for name, mine in terms}
-        return network(spec), shapes
+        try:
+            return network(spec), shapes
+        except SpecError:  # with several outputs: an operand that takes part in none
+            reject()
 
     return draw_network()

@@ -4,13 +4,12 @@ The forward form keeps nothing for the gradient; the backward form makes the int
 to the gradients of tensors that have no rows. Steps between such tensors run once, outside the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tn.order import Axes
-from tn.pairing import pair
-from tn.plan import Plan
+from tn.plan import Plan, Step
 from tn.spec import ROWS
-from tn.writer import Value, Writer, tuple_of
+from tn.writer import Gradients, Value, Writer, tuple_of
 
 
 class _Tiled:
@@ -69,23 +68,32 @@ class _Tiled:
     def leaves(self) -> dict[int, Value]:
         """Operands: whole ones as they are, those with rows as flattened views."""
         values = {}
-        for i, (term, axes) in enumerate(zip(self.plan.network.spec.operands, self.plan.leaves, strict=True)):
+        for i, term in enumerate(self.plan.terms):
+            if i in self.plan.same:
+                continue
             if self.rowwise(i):
-                self.flatten(term.name, f"x{i}", axes)
+                self.flatten(term.name, f"x{i}", self.plan.leaves[i])
             else:
-                values[i] = self.writer.leaf(term, axes)
+                values[i] = self.writer.leaf(term, self.plan.leaves[i])
         return values
 
-    def forward(self, values: dict[int, Value], wanted: set[int], last: Value | None) -> None:
-        """Steps with rows, in the loop; the last one goes into `last`."""
+    def tile_leaves(self, values: dict[int, Value]) -> None:
+        """The tiles of operands with rows, in the loop."""
+        for i, axes in enumerate(self.plan.leaves):
+            if self.rowwise(i) and i not in self.plan.same:
+                values[i] = self.tile(f"x{i}", f"x{i}", axes)
+
+    def forward(self, values: dict[int, Value], wanted: Collection[int], results: Mapping[int, Value]) -> None:
+        """Steps with rows, in the loop; results go into tensors that are there."""
         for step in self.plan.steps:
             if step.out not in wanted or not self.rowwise(step.out):
                 continue
-            left, right, order = (values[step.left], values[step.right], self.plan.orders[step.out])
-            if last is not None and step is self.plan.steps[-1]:
-                self.writer.write(left, right, step.pairing, last)
-                values[step.out] = last
+            left, right = (self.writer.value(values, value) for value in (step.left, step.right))
+            if step.out in results:
+                self.writer.write(left, right, step.pairing, results[step.out])
+                values[step.out] = results[step.out]
             else:
+                order = self.plan.orders[step.out]
                 name = self.buffer(f"b{step.out}", order)
                 values[step.out] = self.writer.write_buffer(left, right, order, step.pairing, f"v{step.out}", name)
 
@@ -93,87 +101,102 @@ class _Tiled:
         """Steps without rows, before the loop."""
         for step in self.plan.steps:
             if not self.rowwise(step.out):
-                order = self.plan.orders[step.out]
-                values[step.out] = self.writer.product(values[step.left], values[step.right], order, step.pairing, f"v{step.out}", True)
+                left, right = (self.writer.value(values, value) for value in (step.left, step.right))
+                values[step.out] = self.writer.product(left, right, self.plan.orders[step.out], step.pairing, f"v{step.out}", True)
 
 
 def forward_source(plan: Plan) -> str:
-    """operands → result, tile by tile."""
+    """operands → results, tile by tile."""
     network, tiled = plan.network, _Tiled(plan)
     values = tiled.leaves()
     tiled.hoisted(values)
     tiled.inside()
-    for i, axes in enumerate(plan.leaves):
-        if tiled.rowwise(i):
-            values[i] = tiled.tile(f"x{i}", f"x{i}", axes)
-    result = tiled.whole("y", plan.orders[-1])
-    tiled.forward(values, {step.out for step in plan.steps}, result)
+    tiled.tile_leaves(values)
+    results = {value: tiled.whole(f"y{value}", plan.orders[value]) for value in dict.fromkeys(map(plan.first, plan.results))}
+    tiled.forward(values, {step.out for step in plan.steps}, results)
     tiled.outside()
-    text = tiled.writer.result(Value("y", result.order, result.dims), network.output)
-    return "\n".join([f"def forward_tiled({', '.join(network.names)}):", *tiled.writer.lines, f"    return {text},", ""])
+    returned = []
+    for i, (value, term) in enumerate(zip(plan.results, network.spec.outputs, strict=True)):
+        made = Value(f"y{plan.first(value)}", plan.orders[value], tiled.split(plan.orders[value]))
+        again = plan.first(value) in map(plan.first, plan.results[:i])
+        returned.append(tiled.writer.result(made, term) + (".clone()" if again else ""))
+    # values that later steps take besides, as `forward` returns them when there is one tile
+    returned += [f"y{value}" for value in plan.kept if value in results]
+    return "\n".join([f"def forward_tiled({', '.join(network.names)}):", *tiled.writer.lines, f"    return {', '.join(returned)},", ""])
 
 
-def backward_source(plan: Plan, needs: Sequence[bool]) -> str:
-    """gradient, operands → one gradient (or None) per name, tile by tile."""
+def backward_source(plan: Plan, need: Sequence[bool]) -> str:
+    """gradients of the results, operands → one gradient (or None) per name, tile by tile."""
     network, tiled = plan.network, _Tiled(plan)
     writer = tiled.writer
-    wanted = {name for name, need in zip(network.names, needs, strict=True) if need}
-    need = [term.name in wanted for term in network.spec.operands]
-    for left, right in plan.path:
-        need.append(need[left] or need[right])
     values = tiled.leaves()
     tiled.hoisted(values)
-    tiled.flatten("gradient", "g", plan.orders[-1])
+    given = [f"gradient{i}" for i in range(len(plan.results))]
+    for i, value in enumerate(plan.results):
+        tiled.flatten(given[i], f"g{i}", plan.orders[value])
     tiled.inside()
-    for i, axes in enumerate(plan.leaves):
-        if tiled.rowwise(i):
-            values[i] = tiled.tile(f"x{i}", f"x{i}", axes)
-    tiled.forward(values, _used(plan, need), None)
-    gradients = {len(plan.orders) - 1: tiled.tile("g", "g", plan.orders[-1])}
-    for step, target, other in _gradient_steps(plan, need):
-        order = plan.orders[target]
-        p = pair(plan.orders[step.out], plan.orders[other], order, plan.step_size, plan.machine)
-        if not tiled.rowwise(step.out):
-            continue
-        if not tiled.rowwise(target):
-            gradients[target] = made = writer.accumulate(gradients[step.out], values[other], order, p, f"d{target}")
-            tiled.prepare(f"d{target} = {tiled.first}.new_zeros({tuple_of([writer.extent(dim) for dim in made.dims])})")
-        elif target < len(plan.leaves):
-            gradients[target] = tiled.whole(f"d{target}", order)
-            writer.write(gradients[step.out], values[other], p, gradients[target])
-        else:
-            name = tiled.buffer(f"e{target}", order)
-            gradients[target] = writer.write_buffer(gradients[step.out], values[other], order, p, f"d{target}", name)
+    tiled.tile_leaves(values)
+    tiled.forward(values, _used(plan, need), {})
+    gradients = _TileGradients(tiled)
+    for i, value in enumerate(plan.results):
+        gradients.give(value, tiled.tile(f"g{i}", f"g{i}", plan.orders[value]))
+    steps = [*plan.gradient_steps(need)]
+    for step in steps:
+        if tiled.rowwise(step.left):
+            gradients.add(step, writer.value(values, step.right))
     tiled.outside()
-    for value, made in gradients.items():
-        if value < len(plan.leaves) and tiled.rowwise(value):
-            gradients[value] = Value(f"d{value}", made.order, made.dims)
-        elif not tiled.rowwise(value) and made.order != plan.orders[value]:
-            gradients[value] = writer.reorder(made, plan.orders[value])
-    for step, target, other in _gradient_steps(plan, need):
-        if not tiled.rowwise(step.out):
-            p = pair(plan.orders[step.out], plan.orders[other], plan.orders[target], plan.step_size, plan.machine)
-            gradients[target] = writer.product(gradients[step.out], values[other], plan.orders[target], p, f"d{target}", True)
-    returned = []
-    for name in network.names:
-        parts = [writer.result(gradients[i], term) for i, term in enumerate(network.spec.operands) if term.name == name and need[i]]
-        returned.append(" + ".join(parts) if parts else "None")
-    header = f"def backward_tiled({', '.join(['gradient', *network.names])}):"
-    return "\n".join([header, *writer.lines, f"    return {', '.join(returned)},", ""])
+    total = gradients.total()
+    for step in steps:
+        if not tiled.rowwise(step.left):
+            total.add(step, writer.value(values, step.right))
+    header = f"def backward_tiled({', '.join([*given, *network.names])}):"
+    return "\n".join([header, *writer.lines, f"    return {total.returned(need)},", ""])
 
 
-def _gradient_steps(plan: Plan, need: Sequence[bool]):
-    """(step, value whose gradient is made, the other operand), last step first."""
-    for step in reversed(plan.steps):
-        for target, other in ((step.left, step.right), (step.right, step.left)):
-            if need[target]:
-                yield step, target, other
+class _TileGradients(Gradients):
+    """Gradients inside the loop: those of values with rows are a tile's, the others sums over the tiles so far."""
+
+    def __init__(self, tiled: _Tiled) -> None:
+        super().__init__(tiled.writer)
+        self.tiled = tiled
+        self._sums: dict[int, Value] = {}
+
+    def add(self, step: Step, other: Value) -> None:
+        """Write a gradient step of a value with rows."""
+        tiled, target = self.tiled, step.out
+        above, order = self.of(step.left), self.plan.orders[target]
+        if not tiled.rowwise(target):
+            self._sums[target] = made = self.writer.accumulate(above, other, order, step.pairing, f"d{target}")
+            tiled.prepare(f"d{target} = {tiled.first}.new_zeros({tuple_of([self.writer.extent(dim) for dim in made.dims or ()])})")
+        elif self.open(target):
+            super().add(step, other)
+        else:
+            if target < len(self.plan.leaves):
+                made = tiled.whole(f"d{target}", order)
+                self.writer.write(above, other, step.pairing, made)
+            else:
+                name = tiled.buffer(f"e{target}", order)
+                made = self.writer.write_buffer(above, other, order, step.pairing, f"d{target}", name)
+            if self.plan.squares(step.right, target):
+                self.writer.add(f"{made.name}.mul_(2)")
+            self.give(target, made, ours=True)
+
+    def total(self) -> Gradients:
+        """The gradients behind the loop: whole tensors."""
+        found = Gradients(self.writer)
+        for value, made in self.values.items():
+            if value < len(self.plan.leaves):
+                found.give(value, Value(made.name.removesuffix("_t"), made.order, self.tiled.split(made.order)))
+        for value, made in self._sums.items():
+            order = self.plan.orders[value]
+            found.give(value, made if made.order == order else self.writer.reorder(made, order))
+        return found
 
 
 def _used(plan: Plan, need: Sequence[bool]) -> set[int]:
     """Intermediates that the gradients read, and what those are made of."""
-    used = {other for _, _, other in _gradient_steps(plan, need)}
+    used = {plan.first(step.right) for step in plan.gradient_steps(need)}
     for step in reversed(plan.steps):
         if step.out in used:
-            used |= {step.left, step.right}
+            used |= {plan.first(step.left), plan.first(step.right)}
     return used

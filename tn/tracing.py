@@ -77,7 +77,7 @@ def record(
     what: str,
     *,
     sizes: Mapping[str, int],
-    result: Tensor,
+    result: Tensor | tuple[Tensor, ...],
     flops: int = 0,
     pointwise: int = 0,
     parameters: int = 0,
@@ -88,7 +88,8 @@ def record(
     if recorder is None:
         raise RuntimeError("no trace is being taken; ask recording() first")
     path = recorder.path[-1] if recorder.path else ""
-    size = (result.numel() + kept) * result.element_size()
+    results = (result,) if isinstance(result, Tensor) else result
+    size = (sum(tensor.numel() for tensor in results) + kept) * results[0].element_size()
     recorder.nodes.append(Node(path, kind, what, tuple(sizes.items()), flops, pointwise, parameters, size))
 
 

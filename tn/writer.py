@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tn.errors import SizeError
 from tn.order import Axes
 from tn.pairing import Pairing, is_run
-from tn.plan import Plan
+from tn.plan import Plan, Step
 from tn.spec import ROWS, Term
 
 
@@ -16,6 +16,11 @@ class Value:
 
     def __init__(self, name: str, order: Axes, dims: tuple[Axes, ...] | None) -> None:
         self.name, self.order, self.dims = name, order, dims
+
+    def renamed(self, names: Mapping[str, str]) -> "Value":
+        """The same tensor with other names for its axes."""
+        dims = None if self.dims is None else tuple(tuple(names[axis] for axis in dim) for dim in self.dims)
+        return Value(self.name, tuple(names[axis] for axis in self.order), dims)
 
 
 class Writer:
@@ -56,8 +61,7 @@ class Writer:
 
     def prologue(self) -> None:
         """Check the shapes and name the dynamic sizes. The checks are cheap; `mismatch` then finds the words for what is wrong."""
-        network, known = self.plan.network, self.plan.network.sizes
-        lead = next((term.name for term in network.spec.operands if ROWS in term.axes), None)
+        network, known, lead = self.plan.network, self.plan.network.sizes, self.lead
         ranks: list[str] = []
         sizes: list[str] = []
         checks: list[str] = []
@@ -70,21 +74,29 @@ class Writer:
                 continue
             if ROWS not in term.axes:
                 ranks.append(f"{name}.dim() != {len(dims)}")
-            elif name == lead and not sizes:
+            elif lead is not None and term == lead:
                 ranks.append(f"{name}.dim() < {len(dims)}")
-                sizes += [f"lead = {name}.shape{cut}", f"{self.variable(ROWS)} = prod(lead)"]
-            else:
-                checks.append(f"{name}.shape{cut} != lead")
+            elif lead is not None:
+                checks.append(f"{name}.shape{cut} != {_leading(lead)}")
             pending += [(f"{name}.shape[{i - len(dims)}]", dim) for i, dim in enumerate(dims)]
         self._solve(pending, checks, sizes)
-        self._guard(ranks)
+        if sizes:
+            self._guard(ranks)
+            ranks = []
         for line in sizes:
             self.add(line)
-        self._guard(checks)
+        self._guard([*ranks, *checks])
+        if lead is not None:
+            self.add(f"{self.variable(ROWS)} = prod({_leading(lead)})")
+
+    @property
+    def lead(self) -> Term | None:
+        """The operand that says what the leading dimensions are."""
+        return next((term for term in self.plan.network.spec.operands if ROWS in term.axes), None)
 
     def _guard(self, checks: list[str]) -> None:
         if checks:
-            self.add(f"if {' or '.join(checks)}:")
+            self.add(f"if {' or '.join(dict.fromkeys(checks))}:")
             self.add(f"    mismatch({', '.join(self.plan.network.names)})")
 
     def _solve(self, pending: list[tuple[str, Axes]], checks: list[str], sizes: list[str]) -> None:
@@ -115,7 +127,9 @@ class Writer:
         if simple and len(term.dims) <= 2:  # one matrix of rows, without a view where it is one already
             flat = self.fresh()
             rest = f", {self.extent(term.dims[1])}" if term.dims[1:] else ","
-            self.add(f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape((prod(lead){rest}))")
+            self.add(
+                f"{flat} = {term.name} if {term.name}.dim() == {len(term.dims)} else {term.name}.reshape((prod({_leading(term)}){rest}))"
+            )
             return Value(flat, term.axes, term.dims)
         if simple:
             return Value(term.name, term.axes, None)
@@ -134,6 +148,13 @@ class Writer:
         if tuple(kept) != tuple(axes):
             self.add(f"{split} = {split}.permute({', '.join(str(kept.index(axis)) for axis in axes)})")
         return Value(split, tuple(axes), tuple((axis,) for axis in axes))
+
+    def value(self, values: Mapping[int, Value], number: int) -> Value:
+        """An SSA value of the plan; one that equals an earlier one is that one, by its own axes."""
+        if number not in self.plan.same:
+            return values[number]
+        first, names = self.plan.same[number]
+        return values[first].renamed(names)
 
     def view(self, value: Value, groups: Sequence[Axes], copy: bool = False) -> str:
         """An expression for the value with one dimension a group, in the given order."""
@@ -188,6 +209,16 @@ class Writer:
         target = Value(name, order, memory)
         self.write(left, right, p, target)
         return target
+
+    def add_into(self, left: Value, right: Value, p: Pairing, target: Value) -> None:
+        """Add one step to an existing tensor."""
+        if p.kind in ("mm", "bmm") and p.batch_on != "operands" and p.out != "copy":
+            call, a, b, groups = self._matrices(left, right, p)
+            self.add(f"{self.view(target, groups)}.{'addmm_' if call == 'mm' else 'baddbmm_'}({a}, {b})")
+        else:
+            call, groups = self._call(left, right, target.order, p)
+            dims = [(axis,) for group in groups for axis in group]
+            self.add(f"{self.view(target, dims)}.add_({call}).reshape({self.shape(dims) or '()'}))")
 
     def accumulate(self, left: Value, right: Value, order: Axes, p: Pairing, name: str) -> Value:
         """Add one step to a tensor of the step's own shape."""
@@ -269,9 +300,67 @@ class Writer:
         shape = tuple_of([self.extent(dim) for dim in dims])
         if ROWS not in term.axes:
             return f"{text}.reshape({shape})"
+        lead = self.lead
+        assert lead is not None
+        whole = f"{text}.reshape({_leading(lead)} + {shape})"
         if value.order == term.axes and value.dims == term.dims:
-            return f"({text} if len(lead) == 1 else {text}.reshape(lead + {shape}))"
-        return f"{text}.reshape(lead + {shape})"
+            return f"({text} if {lead.name}.dim() == {len(lead.dims)} else {whole})"
+        return whole
+
+
+class Gradients:
+    """The gradients of a plan's values while they are written; what several steps contribute to one value is summed."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer, self.plan = writer, writer.plan
+        self.values: dict[int, Value] = {}  # of the values that are computed
+        self._ours: set[int] = set()  # that may be written to
+
+    def give(self, value: int, made: Value, ours: bool = False) -> None:
+        """Take the gradient of a value, or one of several."""
+        first = self.plan.first(value)
+        if value in self.plan.same:
+            made = made.renamed({mine: theirs for theirs, mine in self.plan.same[value][1].items()})
+        if first in self.values:
+            dims = tuple((axis,) for axis in made.order)
+            texts = [self.writer.view(part, dims) for part in (self.values[first], made)]
+            self.writer.add(f"d{first} = {' + '.join(texts)}")
+            made, ours = Value(f"d{first}", made.order, dims), True
+        self.values[first] = made
+        self._ours |= {first} if ours else set()
+
+    def of(self, value: int) -> Value:
+        """The gradient of a value, by its own axes."""
+        return self.writer.value(self.values, value)
+
+    def open(self, value: int) -> bool:
+        """Whether a step can add to the gradient of a value: there is one, and it is ours."""
+        return self.plan.first(value) in self._ours
+
+    def add(self, step: Step, other: Value) -> None:
+        """Write a gradient step; that of a square is twice that of one factor."""
+        above, twice = self.of(step.left), self.plan.squares(step.right, step.out)
+        if self.open(step.out):
+            for _ in range(1 + twice):
+                self.writer.add_into(above, other, step.pairing, self.of(step.out))
+            return
+        made = self.writer.product(above, other, self.plan.orders[step.out], step.pairing, f"d{step.out}", True)
+        if twice:
+            self.writer.add(f"{made.name}.mul_(2)")
+        self.give(step.out, made, ours=True)
+
+    def returned(self, needs: Sequence[bool]) -> str:
+        """One gradient, or None, per name of the network."""
+        found = []
+        for name in self.plan.network.names:
+            mine = [i for i, term in enumerate(self.plan.terms) if term.name == name and needs[i] and i not in self.plan.same]
+            found.append(" + ".join(self.writer.result(self.values[i], self.plan.terms[i]) for i in mine) or "None")
+        return ", ".join(found)
+
+
+def _leading(term: Term) -> str:
+    """The leading dimensions of an operand with rows."""
+    return f"{term.name}.shape" + (f"[:{1 - len(term.dims)}]" if len(term.dims) > 1 else "")
 
 
 def _place(order: Axes, group: Axes, sizes: Mapping[str, int]) -> int:

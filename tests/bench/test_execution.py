@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tn
+from bench import counts
 from bench.__main__ import main as bench_main
 from bench.cases import LAYERS
 from bench.execution import check, main
@@ -65,3 +66,16 @@ def test_wrong_flags_are_one_line(words, message, capsys):
     assert bench_main(["execution", *words]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_copies_count_the_large_ones_inside_other_operators():
+    x = torch.randn(32, 16, 8)
+    assert counts.copies(lambda: x.mT.reshape(-1), elements=x.numel()) == 1
+    assert counts.copies(lambda: x.mT.reshape(-1), elements=x.numel() + 1) == 0
+    assert counts.copies(lambda: x.reshape(-1), elements=1) == 0
+
+
+def test_graphs_and_overhead_give_rows():
+    rows = [*counts.graph_rows(1), *counts.overhead_rows(2)]
+    assert [row.settings["graphs"] for row in rows[:2]] == [2, 2] and len(rows) == 8
+    assert all(row.ratio and row.ratio < 1.5 for row in rows[2:])

@@ -25,7 +25,7 @@ def layers(model: str, structure: str) -> dict[tn.Network, str]:
 
 def render(plan: Plan) -> str:
     """A plan in lines that change only where it does; times in two digits."""
-    names = [term.name for term in plan.network.spec.operands]
+    names = [term.name for term in plan.terms]
     names += [f"v{value}" for value in range(len(names), len(plan.orders))]
     lines = []
     for step in plan.steps:

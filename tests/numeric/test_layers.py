@@ -1,7 +1,9 @@
 """Layers under everything PyTorch does to a module: gradients of every order, transforms, compilation, autocast, copies, threads."""
 
 import copy
+import dataclasses
 import pickle
+import sys
 import threading
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import tn
+from tn.machine import machine
 from tn.testing import assert_close
 
 STRUCTURES = {"dense": {}, "low_rank": {"rank": 3}, "btt": {"rank": 2}, "btt padded": {"rank": 1}}
@@ -242,3 +245,34 @@ def test_programs_and_calls_follow_autocast(dtype):
         assert got.dtype is dtype and torch.allclose(got.float(), want, rtol=0.1, atol=0.3)
         got.float().sum().backward()
         assert a.grad.dtype is torch.float32
+
+
+def test_training_goes_on_under_another_plan(monkeypatch):
+    """A square block tensor train, whose cores would fit transposed: weights and optimizer state mean the same under every plan."""
+    sizes = dict(i=4, j=4, r=4, k=4, l=4)
+    spec = "x: ... (i j), a: i j r k, c: k i r l -> ... (k l)"
+    inputs = torch.randn(8, 40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slow = dataclasses.replace(machine(), name="calls are slow", call=1.0)
+
+    def run(switch: bool) -> list[float]:
+        torch.manual_seed(0)
+        layer = tn.Contraction(spec, sizes=sizes, cores=("a", "c"), dtype=torch.float64)
+        optimizer, losses = torch.optim.Adam(layer.parameters(), lr=0.1), []
+        for step, x in enumerate(inputs):
+            if switch and step == 4:
+                states, before = (layer.state_dict(), optimizer.state_dict()), layer.plan(40)
+                monkeypatch.setattr(sys.modules["tn.plan"], "machine", lambda *_: slow)
+                layer = tn.Contraction(spec, sizes=sizes, cores=("a", "c"), dtype=torch.float64)
+                assert layer.plan(40).orders != before.orders
+                optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+                layer.load_state_dict(states[0])
+                optimizer.load_state_dict(states[1])
+            loss = (layer(x) - x.flip(-1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    expected = run(switch=False)
+    assert run(switch=True) == pytest.approx(expected, rel=1e-9)

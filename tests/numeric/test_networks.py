@@ -20,8 +20,10 @@ def _check(run, network, operands, dtype):
     """Value and every gradient of `run` against the oracle, with the bound from absolute values."""
     wide = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in operands.items()}
     cast = {name: tensor.to(dtype).requires_grad_() for name, tensor in operands.items()}
-    want = one_shot(network, wide)
-    got = run(*cast.values())
+    wants, got = one_shot(network, wide), run(*cast.values())
+    several = len(network.spec.outputs) > 1
+    assert isinstance(got, tuple) == several
+    want, got = (wants, got) if several else ((wants,), (got,))
     sizes = network.bind([t.shape for t in operands.values()])
     terms = 1
     for axis in network.axes:
@@ -29,11 +31,13 @@ def _check(run, network, operands, dtype):
     roundings = terms + 2 * len(network.spec.operands)
     positive = {name: tensor.detach().abs().requires_grad_() for name, tensor in wide.items()}
     bound = one_shot(network, positive)
-    assert_close(got, want, bound=bound, roundings=roundings)
-    cotangent = torch.ones_like(want)
+    bound = bound if several else (bound,)
+    for result, wanted, largest in zip(got, want, bound, strict=True):
+        assert_close(result, wanted, bound=largest, roundings=roundings)
+    cotangent = [torch.ones_like(result) for result in want]
     wants = torch.autograd.grad(want, list(wide.values()), cotangent)
     bounds = torch.autograd.grad(bound, list(positive.values()), cotangent)
-    gots = torch.autograd.grad(got, list(cast.values()), cotangent.to(dtype))
+    gots = torch.autograd.grad(got, list(cast.values()), [ones.to(dtype) for ones in cotangent])
     for name, g, w, b in zip(network.names, gots, wants, bounds, strict=True):
         assert_close(g, w, bound=b, roundings=roundings, name=f"gradient of {name}")
 
@@ -53,6 +57,13 @@ def test_sizes_known_at_planning_equal_the_sum(case, seed):
     sizes = network.bind(list(shapes.values()))
     fixed = tn.network(network.spec, sizes)
     _check(tn.compile(fixed), fixed, _operands(shapes, seed), torch.float64)
+
+
+@given(case=networks(outputs=2), seed=st.integers(0, 2**16), backend=st.sampled_from(["planned", "einsum"]))
+def test_two_outputs_equal_the_sums(case, seed, backend):
+    network, shapes = case
+    event(f"{len(network.spec.operands)} operands")
+    _check(lambda *t: tn.contract(str(network.spec), *t, backend=backend), network, _operands(shapes, seed), torch.float64)
 
 
 @given(case=networks(), seed=st.integers(0, 2**16))

@@ -105,9 +105,37 @@ def test_another_table_is_refused():
         tn.Plan.from_json(text)
 
 
-def test_several_outputs_are_refused_in_words():
-    with pytest.raises(tn.SpecError, match="has 2 outputs"):
-        tn.plan(tn.network("x: i j -> a: i, b: j"))
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("x: i j -> a: i, b: j", "output 'a': no operand with axis 'i' takes part"),
+        ("x: b i, w: i o, v: i p, u: i q -> y: b o, z: b p", "tensor 'u' takes part in no output"),
+    ],
+)
+def test_outputs_that_cannot_be_told_apart_are_refused(spec, message):
+    with pytest.raises(tn.SpecError, match=message):
+        tn.network(spec)
+
+
+def test_scores_used_twice_are_computed_once():
+    net = tn.network("q: b s d, k: b t d, q: b s e, k: b t e, v: b t f -> b s f", dict(b=2, s=32, t=32, d=16, e=16, f=16))
+    plan = tn.plan(net, grad=net.names)
+    assert plan.tree_flops == plan.tree.contraction_cost() * 2 >= 1.4 * plan.flops
+    assert str(plan).count("= q · k") == 1 and "v5 · v5" in str(plan) and "without sharing" in str(plan)
+    assert tn.plan(net, search="left_to_right").steps[0].out == 5
+
+
+def test_several_outputs_share_what_they_have_in_common():
+    sizes = dict(w=64, c=8, h=4, d=16, e=16)
+    latent = tn.network(
+        "x: ... w, down: w c, up: c (h d), also: c (h e) -> k: ... (h d), v: ... (h e)", sizes, cores=("down", "up", "also")
+    )
+    plan = tn.plan(latent, rows=4096, grad=latent.names, goal="flops")
+    assert [part.names for part in latent.parts] == [("x", "down", "up"), ("x", "down", "also")]
+    assert plan.flops == 2 * 4096 * (64 * 8 + 2 * 8 * 64) and str(plan).count("x · down") == 1
+    with pytest.raises(tn.PlanError, match="one output"):
+        _ = plan.tree
+    assert tn.Plan.from_json(plan.to_json()) == plan
 
 
 def test_the_table_names_steps_and_operators():

@@ -27,9 +27,9 @@ def searches(monkeypatch) -> list[dict]:
     made: list[dict] = []
     plain = planning._plan
 
-    def counted(**asked):
+    def counted(*positional, **asked):
         made.append(asked)
-        return plain(**asked)
+        return plain(*positional, **asked)
 
     monkeypatch.setattr(planning, "_plan", counted)
     return made

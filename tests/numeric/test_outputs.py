@@ -1,0 +1,113 @@
+"""Several outputs and repeated parts: shared steps, tiled and untiled, compiled, layers; values and gradients against the one-shot sum."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tn
+from tn.testing import one_shot
+
+SIZES = dict(i=3, j=4, r=2, s=2, k=3, l=4, m=2, n=5)
+CASES = {
+    "two block tensor trains": "x: ... (i j), a: i j r k, c: k i r l, e: i j s m, f: m i s n -> y: ... (k l), z: ... (m n)",
+    "a latent and its maps": "x: ... i, d: i r, u: r k, v: r l -> c: ... r, y: ... k, z: ... l",
+    "quadratic form": "x: ... i, d: i r, x: ... n, d: n s, w: r s k -> ... k",
+    "quadratic form and its root": "x: ... i, d: i r, x: ... n, d: n s, w: r s k, v: r l -> y: ... k, z: ... l",
+    "square": "x: ... i, d: i r, x: ... n, d: n r, w: r k -> ... k",
+    "an operand as a result": "x: ... i, w: i k -> y: ... k, again: ... i",
+    "equal results": "x: ... i, w: i k -> y: ... k, again: ... k",
+}
+
+
+def _case(spec: str, rows: int, needs: tuple[str, ...] = ()):
+    words = set(spec.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    net = tn.network(spec, {axis: 3 if axis == "n" and "x: ... n" in spec else size for axis, size in SIZES.items() if axis in words})
+    generator = torch.Generator().manual_seed(rows)
+    width = [12 if "(i j)" in spec else 3]
+    shapes = {name: (rows, *width) if name == "x" else net.shape(name) for name in net.names}
+    tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return net, {name: tensor.requires_grad_(name in (needs or net.names)) for name, tensor in tensors.items()}
+
+
+def _tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _gradients(results, tensors):
+    used = [result for result in _tuple(results) if result.requires_grad]
+    cotangents = [torch.linspace(-1, 1, result.numel(), dtype=result.dtype).reshape(result.shape) for result in used]
+    wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    return torch.autograd.grad(used, wanted, cotangents, create_graph=True)
+
+
+@pytest.mark.parametrize("rows", [7, 129, 300])
+@pytest.mark.parametrize("tile", [None, 128])
+@pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
+def test_values_and_gradients(spec, tile, rows):
+    for needs in ((), ("x",), ("w", "a", "d")):
+        net, tensors = _case(spec, rows, needs)
+        wanted = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        draft = tn.plan(net, grad=wanted, rows=300)
+        usable = all(value >= len(draft.leaves) for value in draft.results)
+        f = tn.compile(dataclasses.replace(draft, tile=tile if usable else None))
+        got, want = f(*tensors.values()), one_shot(net, tensors)
+        for g, w in zip(_tuple(got), _tuple(want), strict=True):
+            torch.testing.assert_close(g, w)
+        if wanted == list(net.names):
+            torch.testing.assert_close(_gradients(got, tensors), _gradients(want, tensors))
+
+
+@pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
+def test_second_derivatives_transforms_and_compilation(spec):
+    net, tensors = _case(spec, 5)
+    f, leaves = tn.compile(tn.plan(net, grad=net.names, rows=64)), [*tensors.values()]
+
+    def total(*operands):
+        return sum(result.square().sum() for result in _tuple(f(*operands)))
+
+    def oracle(*operands):
+        return sum(result.square().sum() for result in _tuple(one_shot(net, dict(zip(net.names, operands, strict=True)))))
+
+    assert torch.autograd.gradgradcheck(f, leaves)
+    tangents = tuple(map(torch.ones_like, leaves))
+    torch.testing.assert_close(torch.func.jvp(total, tuple(leaves), tangents), torch.func.jvp(oracle, tuple(leaves), tangents))
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_tuple(compiled(*leaves)), _tuple(f(*leaves)))
+    for contract in (tn.contract, torch.compile(tn.contract, backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(_tuple(contract(str(net.spec), *leaves)), _tuple(one_shot(net, tensors)))
+
+
+def test_a_layer_with_several_outputs_trains_compiles_and_is_saved():
+    spec = "x: ... (i j), a: i j r k, c: k i r l, e: i j s m, f: m i s n -> q: ... (k l), v: ... (m n)"
+    sizes = dict(i=8, j=8, r=1, k=8, l=8, s=1, m=8, n=8)
+    torch.manual_seed(0)
+    layer = tn.Contraction(spec, sizes=sizes, cores=("a", "c", "e", "f"), dtype=torch.float64)
+    twin = tn.Contraction(spec, sizes=sizes, cores=("a", "c", "e", "f"), backend="einsum", dtype=torch.float64)
+    twin.load_state_dict(layer.state_dict())
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 150, 64, dtype=torch.float64)
+    for run in (layer, compiled):
+        layer.zero_grad()
+        twin.zero_grad()
+        q, v = run(x)
+        assert q.shape == v.shape == (2, 150, 64)
+        (q.sin().sum() + v.square().sum()).backward()
+        q, v = twin(x)
+        (q.sin().sum() + v.square().sum()).backward()
+        for mine, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    with pytest.raises(tn.TnError, match="2 outputs"):
+        tn.Contraction(spec, sizes=sizes, cores=("a", "c", "e", "f"), bias=True)
+    with torch.no_grad(), tn.frozen(layer.eval()):
+        torch.testing.assert_close(layer(x), twin(x))
+
+
+def test_attention_gets_its_operands_in_the_order_it_wants():
+    sizes = dict(width=32, head=4, dim=8, also=8, value=8)
+    spec = "x: batch seq width, a: width head dim, c: width head also, e: width head value"
+    outputs = "q: batch head seq dim, k: batch head seq also, v: batch head seq value"
+    layer = tn.Contraction(f"{spec} -> {outputs}", sizes=sizes, cores=("a", "c", "e"), dtype=torch.float64)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    for made, core in zip(layer(x), layer.parameters(), strict=True):
+        torch.testing.assert_close(made, torch.einsum("bsw,whd->bhsd", x, core))

@@ -22,6 +22,7 @@ from tn.report import explain, flops
 from tn.restructure import densify, restructure
 from tn.saved_structure import load_restructured, save_restructured
 from tn.scaling import param_groups
+from tn.segments import segments
 from tn.store import PlanStore, plan_store
 from tn.structures import register_structure
 from tn.tracing import Node, Trace, trace
@@ -33,6 +34,6 @@ __all__ = [
     "PlanStore", "Program", "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError",
     "Trace", "accumulate", "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify",
     "einsum", "errors", "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops",
-    "param_groups", "plan", "plan_store", "project", "register_structure", "restructure", "save_restructured", "structures", "tensordot",
-    "testing", "trace", "transpose",
+    "param_groups", "plan", "plan_store", "project", "register_structure", "restructure", "save_restructured", "segments", "structures",
+    "tensordot", "testing", "trace", "transpose",
 ]  # fmt: skip

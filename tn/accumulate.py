@@ -165,13 +165,14 @@ class _Hoisted:
         first = layer.network.term(layer.network.names[0])  # the input, where one matrix is all that is left
         self.shape = tuple(math.prod(layer.network.sizes.get(axis, 0) for axis in dim) for dim in first.dims if dim != (ROWS,))
 
-    def __call__(self, stored: list[Tensor], kind: torch.dtype, grads: tuple[bool, ...], rows: int | None) -> Tensor | None:
+    def __call__(self, stored: list[Tensor], kind: torch.dtype, grads: tuple[bool, ...], segment: int) -> Tensor | None:
         """The result with merged cores, or None where merging is not predicted to pay or cannot be done here.
 
         Args:
-            stored: the operands as they are kept. kind: the dtype to compute in. grads: which need a gradient. rows: to plan for.
+            stored: the operands as they are kept. kind: the dtype to compute in. grads: which need a gradient.
+            segment: which range of sizes the call is in.
         """
-        key = (kind, stored[0].device, grads, rows)
+        key = (kind, stored[0].device, grads, segment)
         if key not in self.splits:
             self.splits[key] = self._choose(key)
         found = self.splits[key]
@@ -196,10 +197,11 @@ class _Hoisted:
         return self.layer._shaped(_Product.apply(leaves[names[1]], x.reshape(*x.shape[:lead], weight.shape[1]), weight))
 
     def _choose(self, key: tuple) -> tuple[Split, Callable[..., Tensor]] | None:
-        kind, device, grads, rows = key
+        kind, device, grads, segment = key
         names = self.layer.network.names
         grad = tuple(name for name, need in zip(names, grads, strict=True) if need)
-        found = choose(self.layer.network, grad, rows, self.block.batches, kind, device)
+        sizes = tuple(self.layer._cells.sizes(segment).items())
+        found = choose(self.layer.network, grad, sizes, self.block.batches, kind, device)
         return None if found is None else (found, program(found.rest, "planned"))
 
     def _leaf(self, group: tuple[str, ...], cores: list[Tensor], merge: Plan) -> _Leaf:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
-from tn.plan import DEFAULT_ROWS, SEGMENTS, Plan, plan
+from tn.plan import DEFAULT_ROWS, Plan, plan
 from tn.program import EinsumProgram, Program, autocast, fits_fast
+from tn.segments import ROW_RANGES, cells
 from tn.spec import ROWS
 
 BACKENDS = ("planned", "einsum")
 
-_SMALL, _LARGE = (below for below, _ in SEGMENTS[:2])
+_SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
 
@@ -67,7 +68,7 @@ class _Compiled:
     def __init__(self, run: Program | EinsumProgram) -> None:
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
-        alone = set(run.plan.kept).isdisjoint(map(run.plan.first, run.plan.results))  # an operator may not return a tensor twice
+        alone = set(run.plan.saved).isdisjoint(map(run.plan.first, run.plan.results))  # an operator may not return a tensor twice
         self.key = opaque.register(run) if run.fast and alone else ""
         self.outputs = run.outputs
 
@@ -143,11 +144,12 @@ class Contraction(nn.Module):
         self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
-        sizes = SEGMENTS if self._lead else ((math.inf, None),)
-        runs = [_Compiled(program(self.plan(rows), "planned")) for _, rows in sizes]
-        # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
-        pairs = zip(sizes, runs, [*runs[1:], None], strict=True)
-        self._compiled = [(below, run) for (below, _), run, after in pairs if after is None or run.source != after.source]
+        self._cells = cells(self.network)
+        runs = [_Compiled(program(self.plan(sizes=self._cells.sizes(cell)), "planned")) for cell in range(len(self._cells))]
+        self._compiled = [(math.inf, run) for run in runs]
+        if self._lead:  # neighbouring ranges of rows with the same program are one, so that torch.compile makes no graph too many
+            pairs = zip(ROW_RANGES, runs, [*runs[1:], None], strict=True)
+            self._compiled = [(below, run) for (below, _), run, after in pairs if after is None or run.source != after.source]
 
     def _row_operand(self) -> tuple[int, int] | None:
         """(place of an operand with rows, elements it has for each row) if the number of rows is all that a call decides."""
@@ -169,15 +171,14 @@ class Contraction(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def plan(self, rows: int | None = None, grad: Iterable[str] | None = None) -> Plan:
-        """The plan for a number of rows (1024 by default), with gradients of everything unless named otherwise."""
+    def plan(self, rows: int | None = None, grad: Iterable[str] | None = None, sizes: Mapping[str, int] | None = None) -> Plan:
+        """The plan for a number of rows or sizes of dynamic axes, 1024 by default, with gradients of everything unless named otherwise."""
         wanted = self.network.names if grad is None else tuple(grad)
         cores = [getattr(self, name) for name in self.network.cores]
         device = cores[0].device if cores else "cpu"
         dtype = cores[0].dtype if cores else torch.float32
-        return plan(
-            self.network, grad=wanted, rows=(rows or DEFAULT_ROWS) if ROWS in self.network.axes else None, dtype=dtype, device=device
-        )
+        given = {**({ROWS: rows or DEFAULT_ROWS} if ROWS in self.network.axes else {}), **(sizes or {})}
+        return plan(self.network, grad=wanted, sizes=given, dtype=dtype, device=device)
 
     def forward(self, *inputs: Tensor) -> Any:
         """inputs in spec order → the contraction, plus the bias; several outputs as a tuple in spec order."""
@@ -204,15 +205,20 @@ class Contraction(nn.Module):
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # one graph for every number of rows, of aten calls alone
                 return self._compiled[-1][1].plain(*operands)
+            if lead is None:
+                return self._compiled[self._cells.find(operands)][1](operands)
             return next(run for below, run in self._compiled if rows < below)(operands)
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
-        segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
+        if lead is None:
+            segment = self._cells.find(operands) if self._cells.groups else 0
+        else:
+            segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
         if self._merged is not None and grads is None and not self.training and not torch._C._are_functorch_transforms_active():
             merged = self._merged(stored, operands, segment)
             if merged is not None:
                 return self._shaped(merged)
         if self._hoisted is not None and grads is not None:
-            hoisted = self._hoisted(stored, first.dtype, grads, self._rows(segment))
+            hoisted = self._hoisted(stored, first.dtype, grads, segment)
             if hoisted is not None:
                 return hoisted
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
@@ -246,11 +252,7 @@ class Contraction(nn.Module):
         self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str, segment: int
     ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
-        return program(plan(self.network, grad=wanted, rows=self._rows(segment), dtype=dtype, device=device), backend)
-
-    def _rows(self, segment: int) -> int | None:
-        """The rows that calls of a segment are planned for."""
-        return (SEGMENTS[segment][1] if self._lead else DEFAULT_ROWS) if ROWS in self.network.axes else None
+        return program(plan(self.network, grad=wanted, sizes=self._cells.sizes(segment), dtype=dtype, device=device), backend)
 
     def _record(self, used: Plan, operands: list[Tensor], result: Any) -> None:
         sizes = self.network.bind([t.shape for t in operands])

@@ -12,7 +12,7 @@ from tn.contraction import Contraction, program
 from tn.errors import OperatorError
 from tn.merging import Held
 from tn.network import Network
-from tn.plan import SEGMENTS, plan
+from tn.plan import plan
 from tn.spec import ROWS
 
 _CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
@@ -40,7 +40,7 @@ class _Merged:
         key = (x.dtype, x.device, segment)
         wins = self.wins.get(key)
         if wins is None:
-            wins = self.wins[key] = self._wins(x, SEGMENTS[segment][1])
+            wins = self.wins[key] = self._wins(x, self.layer._cells.sizes(segment)[ROWS])
         cores = [tensor for i, tensor in enumerate(stored) if i != place]
         if not wins or any(core.is_inference() or operand.dtype is not x.dtype for core, operand in zip(stored, operands, strict=True)):
             return None

@@ -111,15 +111,18 @@ def merged_name(net: Network, group: Sequence[str]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(net: Network, grad: tuple[str, ...], rows: int | None, batches: int, dtype: torch.dtype, device: torch.device) -> Split | None:
+def choose(
+    net: Network, grad: tuple[str, ...], sizes: tuple[tuple[str, int], ...], batches: int, dtype: torch.dtype, device: torch.device
+) -> Split | None:
     """The split that is predicted to be fastest when its merges are shared by so many batches; None where merging does not pay.
 
     Args:
-        grad: tensors that need a gradient. rows: of one batch.
+        grad: tensors that need a gradient. sizes: (axis, size) pairs of one batch, for dynamic axes.
     """
 
     def planned(part: Network, needed: Sequence[str]) -> Plan:
-        return plan(part, grad=needed, rows=rows if part.inputs else None, dtype=dtype, device=device)
+        dynamic = {axis: size for axis, size in sizes if axis in part.dynamic}
+        return plan(part, grad=needed, sizes=dynamic, dtype=dtype, device=device)
 
     def adding(part: Plan) -> float:
         """Seconds of adding the gradients of its cores to those of earlier batches."""

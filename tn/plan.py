@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from tn import order, store
+from tn import memory, order, slices, store
 from tn.cost import contraction_flops, step_flops, volume
-from tn.documents import document, is_size
+from tn.documents import is_size
 from tn.errors import PlanError, SizeError, unknown
 from tn.layout import Job, bound, choose
 from tn.machine import Machine, machine
@@ -23,28 +23,13 @@ from tn.pairing import Pairing, pair
 from tn.sharing import alike
 from tn.spec import ROWS, Term
 
-FORMAT = 2  # of the JSON
-_KEYS = {
-    "network": dict,
-    "sizes": list,
-    "grad": list,
-    "goal": str,
-    "search": str,
-    "path": list,
-    "orders": list,
-    "tile": (int, type(None)),
-    "floor": float,
-    "others": list,
-    "machine": str,
-    "machine_digest": str,
-}
-GOALS = ("time", "flops")
-_TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
+FORMAT = 3  # of the JSON
+GOALS = ("time", "flops", "peak", "saved")
+TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _LAID_OUT = 8  # trees of the least bound that get layouts
 _SHOWN = 3  # plans not chosen that a plan remembers
 _TILED = 2  # the fastest of those that are tried with tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
-SEGMENTS = ((32, 8), (512, 128), (math.inf, 2048))  # a layer's rows: below the first number, it runs the plan for the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +55,8 @@ class Plan:
         machine: the table of rates behind the predicted times.
         floor: seconds of the best tree that was looked at, if each step took all rows at once in its own best layout, nothing broadcast.
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
+        slices: (axis, size of a slice) of the axes that are worked on slice by slice to save memory; see tn.slices.
+        itemsize: bytes of an element.
     """
 
     network: Network
@@ -83,6 +70,8 @@ class Plan:
     machine: Machine = field(repr=False)
     floor: float = 0.0
     others: tuple[tuple[float, Path, int | None], ...] = ()
+    slices: tuple[tuple[str, int], ...] = ()
+    itemsize: int = 4
 
     def __post_init__(self) -> None:
         tile = self.tile
@@ -130,9 +119,39 @@ class Plan:
         return self.same[value][0] if value in self.same else value
 
     @functools.cached_property
+    def plain_leaves(self) -> bool:
+        """Whether every operand goes into the steps as it is: no axis of it is repeated, none is summed before."""
+        return all(term.axes == axes for term, axes in zip(self.terms, self.leaves, strict=True))
+
+    @functools.cached_property
+    def slice_size(self) -> Mapping[str, int]:
+        """axis → size in one slice; without slices, all of it."""
+        return {**self.size, **dict(self.slices)}
+
+    @functools.cached_property
     def step_size(self) -> Mapping[str, int]:
-        """axis → size that a step works on: with tiles, the rows of one."""
-        return self.size if self.tile is None else {**self.size, ROWS: self.tile}
+        """axis → size that a step works on: in one slice, and with tiles, the rows of one."""
+        return self.slice_size if self.tile is None else {**self.slice_size, ROWS: self.tile}
+
+    @property
+    def slice_count(self) -> int:
+        """How many slices there are."""
+        return math.prod(-(-self.size[axis] // size) for axis, size in self.slices)
+
+    @functools.cached_property
+    def memory(self) -> memory.Memory:
+        """Bytes that the program keeps for the gradients, and the most alive at once, forward and backward; see tn.memory."""
+        return slices.measure(self) if self.slices else memory.measure(self)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of intermediates that the forward pass keeps for the gradients in `grad`."""
+        return self.memory.saved
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of intermediates and workspace alive at once, forward and backward; operands, result and gradients apart."""
+        return self.memory.peak
 
     @functools.cached_property
     def tree_steps(self) -> tuple[Step, ...]:
@@ -189,6 +208,11 @@ class Plan:
         taken = {self.first(value) for step in self.steps for value in (step.left, step.right)}
         return tuple(step.out for step in self.steps if step.out in taken)
 
+    @functools.cached_property
+    def saved(self) -> tuple[int, ...]:
+        """Intermediates that the forward pass keeps because the gradients in `grad` read them (with tiles, for few rows only)."""
+        return memory.Work.of(self, self.needs).read
+
     @property
     def tree(self) -> Any:
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs.
@@ -201,9 +225,9 @@ class Plan:
         return order.tree(self.path, self.leaves, self.orders[-1], self.size)
 
     def times(self, step: Step) -> float:
-        """How often a step, or a gradient step, runs: once a tile if it has rows."""
+        """How often a step, or a gradient step, runs: once a tile if it has rows, once a slice."""
         rows = ROWS in self.orders[step.left] or ROWS in self.orders[step.right]
-        return self.size[ROWS] / self.tile if rows and self.tile else 1.0
+        return self.size[ROWS] / self.tile if rows and self.tile else float(self.slice_count)
 
     @property
     def flops(self) -> int:
@@ -221,7 +245,7 @@ class Plan:
         return self._flops(self.backward_steps)
 
     def _flops(self, steps: Iterable[Step]) -> int:
-        return sum(step_flops(self.orders[step.left], self.orders[step.right], self.size) for step in steps)
+        return self.slice_count * sum(step_flops(self.orders[step.left], self.orders[step.right], self.slice_size) for step in steps)
 
     @property
     def seconds(self) -> float:
@@ -232,17 +256,17 @@ class Plan:
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
-        return seconds + self._streaming(self._operands, self._made)
+        return seconds + self._streaming(self._operands, self._made) + slices.seconds(self, gradients=False)
 
     @property
     def backward_seconds(self) -> float:
-        """Predicted seconds of the gradients in `grad`; with tiles, of making the intermediates again too."""
+        """Predicted seconds of the gradients in `grad`; with tiles or slices, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
-        if not self.tile or not self.grad:
+        if not (self.tile or self.slices) or not self.grad:
             return seconds
         again = sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
         made = [self.orders[step.out] for step in self.backward_steps if step.out < len(self.leaves)]
-        return seconds + again + self._streaming((*self._operands, *self._made), made)
+        return seconds + again + self._streaming((*self._operands, *self._made), made) + slices.seconds(self, gradients=True)
 
     @property
     def _operands(self) -> list[Axes]:
@@ -303,6 +327,8 @@ class Plan:
             "tile": self.tile,
             "floor": self.floor,
             "others": self.others,
+            "slices": self.slices,
+            "itemsize": self.itemsize,
             "machine": self.machine.name,
             "machine_digest": self.machine.digest,
         }
@@ -318,60 +344,14 @@ class Plan:
         Raises:
             PlanError: another format, a table with other numbers, or text that is no plan. SpecError, SizeError: its network is none.
         """
-        value = document(text, FORMAT, _KEYS, "plan", PlanError)
-        table = table or machine()
-        if value["machine_digest"] != table.digest:
-            raise PlanError(
-                f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})"
-            )
-        network = Network.from_json(json.dumps(value["network"]))
-        try:
-            sizes = tuple((axis, size) for axis, size in value["sizes"])
-            path = tuple((left, right) for left, right in value["path"])
-            orders = tuple(map(tuple, value["orders"]))
-            others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
-            grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
-            made = cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, value["floor"], others)
-            _check(made)
-        except (TypeError, ValueError) as error:
-            raise PlanError(f"plan JSON does not describe a plan: {error}") from None
-        return made
+        from tn.saved_plan import read  # late: it makes plans
+
+        return read(text, table)
 
     def __str__(self) -> str:
-        return _table(self)
+        from tn.table import table  # late: it reads plans
 
-
-def _check(plan: Plan) -> None:
-    """Raise PlanError where the parts of a plan that was read do not belong together."""
-    net, count = plan.network, len(plan.leaves)
-    if set(plan.size) != set(net.axes) or any(not is_size(size) for size in plan.size.values()):
-        raise PlanError(f"sizes are {dict(plan.sizes)}, expected an integer ≥ 0 for each of {', '.join(net.axes)}")
-    if any(net.sizes[axis] != plan.size[axis] for axis in net.sizes):
-        raise PlanError(f"sizes are {dict(plan.sizes)}, the network has {dict(net.sizes)}")
-    if unknown_names := [name for name in plan.grad if name not in net.names]:
-        raise PlanError(unknown("tensor", unknown_names[0], net.names))
-    if plan.goal not in GOALS:
-        raise PlanError(unknown("goal", plan.goal, GOALS))
-    expected: list[Axes] = [*plan.leaves]
-    leaf, step = 0, count
-    for part in net.parts:  # each has a tree of its own: its operands, then its steps
-        own = len(part.spec.operands)
-        mine = [*range(leaf, leaf + own), *range(step, step + own - 1)]
-        pairs, alive = plan.path[step - count : step - count + own - 1], set(mine[:own])
-        for number, (left, right) in enumerate(pairs):
-            if left == right or not {left, right} <= alive:
-                raise PlanError(f"step {step - count + number} contracts values {left!r} and {right!r}, of which at least one is not there")
-            alive = alive - {left, right} | {mine[own + number]}
-        if len(alive) != 1:
-            raise PlanError(f"{len(plan.path)} steps leave {len(alive)} tensors of {own} operands, expected one")
-        local = tuple((mine.index(left), mine.index(right)) for left, right in pairs)
-        expected += [out for *_, out in order.steps_of(local, plan.leaves[leaf : leaf + own], part.output.axes)]
-        leaf, step = leaf + own, step + own - 1
-    if len(plan.path) != step - count or len(plan.orders) != len(expected):
-        raise PlanError(f"{len(plan.path)} steps and {len(plan.orders)} memory orders for {count} operands")
-    for number, (given, axes) in enumerate(zip(plan.orders, expected, strict=True)):
-        if sorted(map(str, given)) != sorted(axes):
-            raise PlanError(f"value {number} has the memory order {given}, its axes are {axes}")
+        return table(self)
 
 
 def _results(counts: Sequence[int]) -> tuple[int, ...]:
@@ -432,25 +412,33 @@ def plan(
     search: str = "auto",
     table: Machine | None = None,
     seed: int = 0,
+    memory_limit: int | None = None,
 ) -> Plan:
     """Plan a network: a pure function of its arguments.
 
     Args:
         grad: names of the tensors that need a gradient; their contractions are planned and paid for too.
-        goal: "time" minimises predicted seconds, "flops" floating-point operations.
+        goal: "time" minimises predicted seconds, "flops" floating-point operations, "saved" the bytes kept for gradients, "peak" the most
+            bytes alive at once; each counts the needed gradients.
         rows: size of `...` to plan for. sizes: sizes of other dynamic axes. Both default to 1024; the plan is valid for every size.
-        dtype, device: choose the machine table when `table` is None.
+        dtype, device: choose the machine table when `table` is None; the dtype also says how many bytes an element has.
         search: "auto", "cotengra" (its trees only) or "left_to_right" (as written).
         seed: of cotengra's search when there are many operands.
+        memory_limit: bytes that `Plan.peak_bytes` stays within; where no order does, the best one works slice by slice (tn.slices).
 
     Returns:
         A Plan; `print(plan)` shows every step, its operator and cost.
 
     Raises:
-        PlanError: an unknown goal or search. SizeError: sizes for unknown axes. SpecError: an unknown tensor in `grad`.
+        PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown
+            tensor in `grad`.
     """
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
+    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):
+        raise PlanError(f"memory_limit is {memory_limit!r}, expected a number of bytes ≥ 0, or None")
+    if memory_limit is not None and dtype not in (torch.float32, torch.float64):
+        raise PlanError(f"memory_limit= holds for float32 and float64, got {dtype}")
     wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
         network.term(name)
@@ -472,8 +460,34 @@ def plan(
         "search": search,
         "table": table or machine(device, dtype),
         "seed": seed,
+        "itemsize": dtype.itemsize,
+        "limit": memory_limit,
     }
-    return store.recall(asked, _plan if len(network.parts) == 1 else _plan_outputs, Plan.from_json)
+    return store.recall(asked, _frugal, Plan.from_json)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frugal(
+    network: Network,
+    sizes: tuple[tuple[str, int], ...],
+    grad: tuple[str, ...],
+    goal: str,
+    search: str,
+    table: Machine,
+    seed: int,
+    itemsize: int,
+    limit: int | None,
+) -> Plan:
+    """The fastest plan, or the one of the fewest FLOPs, unless memory matters."""
+    run = _plan if len(network.parts) == 1 else _plan_outputs
+    made = run(network, sizes, grad, goal if goal == "flops" else "time", search, table, seed)
+    if itemsize != made.itemsize or goal != made.goal:
+        made = dataclasses.replace(made, itemsize=itemsize, goal=goal)
+    if goal in ("time", "flops") and limit is None:
+        return made
+    from tn.frugal import frugal  # late: it builds on plans
+
+    return frugal(made, limit)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -536,8 +550,8 @@ def _plan(
         made = settled(Plan(network, sizes, grad, goal, search, path, orders, tile, table))
         plans.append((made.seconds, made))
 
-    ranked = sorted((bound(path, job, repeated(network, path)), path) for path in paths)
-    for least, path in ranked[:_LAID_OUT]:
+    ranked = sorted((_all_flops(path, job) if goal == "flops" else 0, bound(path, job, repeated(network, path)), path) for path in paths)
+    for _, least, path in ranked[:_LAID_OUT]:
         if goal == "time" and plans and least >= min(plans, key=_seconds)[0]:
             break
         add(path, choose(path, job)[1], None)
@@ -551,7 +565,17 @@ def _plan(
     _, chosen = min(plans, key=best)
     others = sorted({(seconds, made.path, made.tile or 0) for seconds, made in plans if made is not chosen})[:_SHOWN]
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
-    return dataclasses.replace(chosen, floor=ranked[0][0], others=shown)
+    return dataclasses.replace(chosen, floor=min(least for _, least, _ in ranked), others=shown)
+
+
+def _all_flops(path: Path, job: Job) -> int:
+    """FLOPs of a tree and of the gradients that are needed."""
+    axes, needs, total = [*job.inputs], list(job.grads), 0
+    for left, right, out in order.steps_of(path, job.inputs, job.output):
+        total += step_flops(axes[left], axes[right], job.sizes) * (1 + needs[left] + needs[right])
+        axes.append(out)
+        needs.append(needs[left] or needs[right])
+    return total
 
 
 def _seconds(entry: tuple[float, Plan]) -> tuple[float, int]:
@@ -565,53 +589,7 @@ def _flops(entry: tuple[float, Plan]) -> tuple[int, float]:
 def _tiles(plan: Plan) -> list[int]:
     """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
     inner = any(ROWS in plan.orders[value] for value in plan.kept)
-    if not plan.machine.tiles or not inner or not all(ROWS in plan.orders[value] and value >= len(plan.leaves) for value in plan.results):
+    outside = not all(ROWS in plan.orders[value] and value >= len(plan.leaves) for value in plan.results)
+    if not plan.machine.tiles or not inner or outside or not plan.plain_leaves:
         return []
-    return [tile for tile in _TILES if 2 * tile <= plan.size[ROWS]]
-
-
-def _table(plan: Plan) -> str:
-    names = [term.name for term in plan.terms] + [f"v{i}" for i in range(len(plan.leaves), len(plan.orders))]
-    names = [names[plan.first(value)] for value in range(len(names))]
-    dynamic = ", ".join(f"{axis}={plan.size[axis]}" for axis in plan.network.dynamic)
-    lines = [
-        f"plan of {plan.network.spec}",
-        f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}",
-    ]
-    lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
-    for step in plan.steps:
-        title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
-        lines.append(_row(plan, title, step))
-    for step in plan.backward_steps:
-        title = f"d{names[step.out]} = d{names[step.left]} · {names[step.right]}"
-        lines.append(_row(plan, title, step))
-    if plan.tile is not None:
-        lines.append(f"  with more than {plan.tile} rows: {plan.tile} rows at a time, intermediates made again for the gradients")
-    for output, value in zip(plan.network.spec.outputs, plan.results, strict=True):
-        if len(plan.results) > 1:
-            lines.append(f"  {output.name} is {names[value]}")
-    shared = f" ({plan.tree_flops / 1e6:.2f} without sharing)" if plan.tree_flops > plan.flops else ""
-    work = f"forward {plan.flops / 1e6:.2f} MFLOP{shared}, gradients {plan.backward_flops / 1e6:.2f} MFLOP"
-    lines.append(f"  {work}, {plan.copies} copies, predicted {plan.seconds * 1e6:.0f} µs")
-    for seconds, path, tile in plan.others:
-        rows = "all rows at once" if tile is None else f"{tile} rows at a time"
-        more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0
-        lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
-    if plan.floor:
-        lines.append(f"  with every step in a layout of its own, all rows at once: {plan.floor * 1e6:.0f} µs for the best order")
-    return "\n".join(lines)
-
-
-def _words(path: Path, names: list[str]) -> str:
-    """A path as nested products of tensor names."""
-    values = names[: len(path) + 1]
-    for left, right in path:
-        values.append(f"({values[left]} · {values[right]})")
-    return values[-1][1:-1] if path else values[-1]
-
-
-def _row(plan: Plan, title: str, step: Step) -> str:
-    p, times = step.pairing, plan.times(step)
-    operator = p.kind + (" into a view" if p.out == "strided" else "")
-    work = f"{times * p.flops / 1e6:>10.2f}{times * p.bytes / 1e6:>9.2f}{p.copies:>8}{times * p.seconds * 1e6:>10.0f}"
-    return f"  {title:<28}{operator:<18}{work}  {' '.join(plan.orders[step.out])}"
+    return [tile for tile in TILES if 2 * tile <= plan.size[ROWS]]

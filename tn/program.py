@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tn import tiles
+from tn import memory, tiles
 from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
 from tn.operators import transforming
@@ -45,9 +45,14 @@ class Program:
         source: the Python of the fast form, forward and backward, or of the plain form where that is used always.
         plain: the plain form, called with the operands. fast: the fast form, which returns the results and what the gradient needs; None
             where the plain form is as good.
+
+    Args:
+        own: have the fast form in any case.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, own: bool = False) -> None:
+        if plan.slices:
+            raise PlanError("a plan with slices runs through tn.compile")
         self.plan = plan
         self.names = plan.network.names
         self.outputs = len(plan.results)
@@ -55,7 +60,7 @@ class Program:
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan):
+        if own or _worth_owning(plan):
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -69,7 +74,7 @@ class Program:
         if _autocasting():
             operands = tuple(autocast(operands))
         fast = self.fast
-        if fast is None or _transforming() or not fits_fast(operands):
+        if fast is None or see_through() or not fits_fast(operands):
             if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
                 with torch.autocast("cpu", enabled=False):
                     return _halved(self(*(operand.float() for operand in operands)))
@@ -85,6 +90,10 @@ class Program:
             found, _ = _load(self.plan, "backward", _backward_source(self._code, needs))
             self._backwards[needs] = found
         return found
+
+    def remaking(self, needs: tuple[bool, ...]) -> tuple[Callable[..., tuple[Tensor | None, ...]], str]:
+        """A gradient function that is called with gradients and operands alone and makes the intermediates again, and its source."""
+        return _load(self.plan, "backward", _backward_source(self._code, needs, keep=False))
 
     def opaque_forward(self) -> Callable[..., tuple[Tensor, ...]]:
         """The fast form that returns equally many tensors for every number of rows: all at once, or always tile by tile."""
@@ -130,11 +139,17 @@ class _Owned(torch.autograd.Function):
         program, needs = ctx.program, ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
             return None, *program.backward(needs)(*gradients, *ctx.saved_tensors)
-        operands = ctx.saved_tensors[: len(needs)]  # create_graph: differentiate the plain form, which autograd sees through
-        aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
-        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(program.plain(*aliases), wanted, gradients, create_graph=True))
-        return None, *(next(found) if need else None for need in needs)
+        return None, *again(program.plain, ctx.saved_tensors[: len(needs)], needs, gradients)
+
+
+def again(
+    plain: Callable[..., Any], operands: Sequence[Tensor], needs: Sequence[bool], gradients: Sequence[Tensor]
+) -> Iterator[Tensor | None]:
+    """Gradients that can be differentiated themselves (create_graph): those of the plain form, which autograd sees through."""
+    aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
+    wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(plain(*aliases), wanted, gradients, create_graph=True))
+    return (next(found) if need else None for need in needs)
 
 
 def autocast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -150,7 +165,7 @@ def _halved(results: Any) -> Any:
     return results.half() if isinstance(results, Tensor) else tuple(result.half() for result in results)
 
 
-def _transforming() -> bool:
+def see_through() -> bool:
     """Whether something has to see through the operations: torch.compile, a torch.func transform or forward-mode derivatives."""
     return torch.compiler.is_compiling() or transforming()
 
@@ -167,8 +182,8 @@ def _worth_owning(plan: Plan) -> bool:
     """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
 
     Diagonals and sums of a single operand keep the tape."""
-    simple = all(len(set(term.axes)) == len(term.axes) == len(axes) for term, axes in zip(plan.terms, plan.leaves, strict=True))
-    return simple and (plan.tile is not None or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
+    gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
+    return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
 def compile(target: Network | Plan) -> Program:
@@ -179,7 +194,10 @@ def compile(target: Network | Plan) -> Program:
     >>> f(torch.ones(4, 3), torch.ones(3, 2)).shape
     torch.Size([4, 2])
     """
-    return Program(target if isinstance(target, Plan) else plan(target, grad=target.names))
+    from tn.sliced import Sliced  # late: it builds on programs
+
+    made = target if isinstance(target, Plan) else plan(target, grad=target.names)
+    return Sliced(made) if made.slices else Program(made)
 
 
 def _load(plan: Plan, form: str, source: str) -> tuple[Callable, str]:
@@ -207,10 +225,12 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> dict[int,
     if instead:
         _hand_over(writer, instead)
     values = _leaves(writer)
-    for step in plan.steps:
+    work = memory.Work.of(plan, plan.needs)
+    for step, (*_, dead) in zip(plan.steps, work.forward(plan.saved if strided else ()), strict=True):
         left, right, order = writer.value(values, step.left), writer.value(values, step.right), plan.orders[step.out]
         p = step.pairing if strided else pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
         values[step.out] = writer.product(left, right, order, p, f"v{step.out}", strided)
+        writer.delete([values[value].name for value in dead])
     return values
 
 
@@ -261,26 +281,33 @@ def _plain_source(plan: Plan) -> str:
 def _fast_source(plan: Plan) -> str:
     writer = Writer(plan)
     values = _forward_body(writer, strided=True, instead=f"forward_tiled({', '.join(plan.network.names)})")
-    returned = ", ".join([*_returned(writer, values), *(values[value].name for value in plan.kept)])
+    returned = ", ".join([*_returned(writer, values), *(values[value].name for value in plan.saved)])
     whole = "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.lines, f"    return {returned},", ""])
     return whole if plan.tile is None else f"{tiles.forward_source(plan)}\n{whole}"
 
 
-def _backward_source(plan: Plan, needs: Sequence[bool]) -> str:
-    """gradients of the results, operands, saved intermediates → one gradient (or None) per name."""
+def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> str:
+    """gradients of the results, operands, saved intermediates → one gradient (or None) per name. What was not kept is made again."""
     network, writer = plan.network, Writer(plan)
     need = plan.needing({name for name, need in zip(network.names, needs, strict=True) if need})
-    intermediates = {step: value for step, value in _forward_body(Writer(plan), strided=True).items() if step in plan.kept}
+    saved, made = plan.saved if keep else (), _forward_body(Writer(plan), strided=True)
     writer.prologue()
     given = [f"gradient{i}" for i in range(len(plan.results))]
     _hand_over(writer, f"backward_tiled({', '.join([*given, *network.names])})")
-    values = {**_leaves(writer), **intermediates}
+    values = {**_leaves(writer), **{value: made[value] for value in saved}}
+    work = memory.Work.of(plan, need)
+    again = work.remade(saved)
+    for left, right, out, dead in work.forward((*work.read, *saved), again):
+        first, second = (writer.value(values, value) for value in (left, right))
+        values[out] = writer.product(first, second, plan.orders[out], plan.pairing(left, right, out), f"v{out}", True)
+        writer.delete([values[value].name for value in dead])
     gradients = Gradients(writer)
     for name, value, term in zip(given, plan.results, network.spec.outputs, strict=True):
         gradients.give(value, Value(name, term.axes, None if ROWS in term.axes else term.dims))
-    for step in plan.gradient_steps(need):
+    for step, (*_, over, dead) in zip(plan.gradient_steps(need), work.backward(again), strict=True):
         gradients.add(step, writer.value(values, step.right))
-    names = [*given, *network.names, *(f"{value.name}=None" for value in intermediates.values())]
+        writer.delete([*(gradients.values[value].name for value in over), *(values[value].name for value in dead)])
+    names = [*given, *network.names, *(f"{made[value].name}=None" for value in saved)]
     whole = "\n".join([f"def backward({', '.join(names)}):", *writer.lines, f"    return {gradients.returned(need)},", ""])
     return whole if plan.tile is None else f"{tiles.backward_source(plan, need)}\n{whole}"
 

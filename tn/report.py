@@ -3,8 +3,8 @@
 from torch import nn
 
 from tn.contraction import Contraction
-from tn.plan import SEGMENTS, Plan
-from tn.spec import ROWS
+from tn.plan import Plan
+from tn.segments import cells
 from tn.tracing import trace
 
 
@@ -23,7 +23,7 @@ def flops(target: nn.Module | Plan, *inputs: object) -> int:
 
 
 def explain(target: nn.Module | Plan) -> str:
-    """Why it runs as it does: the plans of a layer, or of every one in a module, for each range of rows, in training and evaluation.
+    """Why it runs as it does: the plans of a layer, or of every one in a module, for each range of sizes, in training and evaluation.
 
     Each plan's table has, for every step, the operator, FLOPs, bytes, copies, predicted time and memory order, and the plans that were
     not chosen. Layers with the same network share a section.
@@ -42,9 +42,8 @@ def explain(target: nn.Module | Plan) -> str:
     for alike in layers.values():
         names, layer = [name for name, _ in alike if name], alike[0][1]
         lines += [*([", ".join(names)] if names else []), repr(layer)]
-        ranges = SEGMENTS if layer.network.dynamic == (ROWS,) else SEGMENTS[-1:]
+        ranges = cells(layer.network)
         for what, grad in (("training", layer.network.names), ("evaluation", ())):
-            for below, rows in ranges:
-                size = f"fewer than {below} rows" if isinstance(below, int) else "any other number of rows"
-                lines += [f"{what}, {size}:", str(layer.plan(rows, grad=grad))]
+            for cell in range(len(ranges)):
+                lines += [f"{what}, {ranges.words(cell)}:", str(layer.plan(grad=grad, sizes=ranges.sizes(cell)))]
     return "\n".join(lines) if lines else "no contractions"

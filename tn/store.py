@@ -26,7 +26,8 @@ from tn import settings
 from tn.errors import PlanError
 from tn.machine import Machine
 
-_PLANNER = ("cost.py", "layout.py", "machine.py", "order.py", "pairing.py", "plan.py")  # what decides which plan is found
+# what decides which plan is found
+_PLANNER = ("cost", "frugal", "layout", "machine", "memory", "order", "pairing", "plan", "sharing", "slices")
 
 
 class PlanStore:
@@ -194,7 +195,7 @@ def _from_environment() -> PlanStore | None:
 @functools.cache
 def _planner() -> str:
     """A hash of the planner: its sources, and the version of the library it asks for orders."""
-    sources = [(Path(__file__).parent / name).read_bytes() for name in _PLANNER]
+    sources = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in _PLANNER]
     return hashlib.sha256(b"\0".join([*sources, version("cotengra").encode()])).hexdigest()[:16]
 
 

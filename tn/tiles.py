@@ -121,7 +121,7 @@ def forward_source(plan: Plan) -> str:
         again = plan.first(value) in map(plan.first, plan.results[:i])
         returned.append(tiled.writer.result(made, term) + (".clone()" if again else ""))
     # values that later steps take besides, as `forward` returns them when there is one tile
-    returned += [f"y{value}" for value in plan.kept if value in results]
+    returned += [f"y{value}" for value in plan.saved if value in results]
     return "\n".join([f"def forward_tiled({', '.join(network.names)}):", *tiled.writer.lines, f"    return {', '.join(returned)},", ""])
 
 
@@ -189,7 +189,7 @@ class _TileGradients(Gradients):
                 found.give(value, Value(made.name.removesuffix("_t"), made.order, self.tiled.split(made.order)))
         for value, made in self._sums.items():
             order = self.plan.orders[value]
-            found.give(value, made if made.order == order else self.writer.reorder(made, order))
+            found.give(value, made if made.order == order else self.writer.reorder(made, order, copy=True))
         return found
 
 

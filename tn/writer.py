@@ -37,6 +37,11 @@ class Writer:
     def add(self, line: str) -> None:
         self.lines.append(f"{self.indent}{line}")
 
+    def delete(self, names: Sequence[str]) -> None:
+        """Let go of variables whose memory nothing needs any more."""
+        if names:
+            self.add(f"del {', '.join(names)}")
+
     def finish(self, returned: str) -> list[str]:
         """The lines, without the number of rows where neither they nor what is returned ask for it."""
         asked = sum(len(re.findall(rf"\b{self.rows}\b", line)) for line in [*self.lines, returned])

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import tn
 from tn import opaque
 from tn.contraction import program
-from tn.plan import SEGMENTS
+from tn.segments import ROW_RANGES
 
 BTT = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=4, j=4, r=2, k=4, l=4), cores=("a", "c"))
 
@@ -64,4 +64,4 @@ def test_graphs_are_one_more_than_ranges_of_rows(grad):
     with torch.set_grad_enabled(grad):
         for rows in [*range(2, 40), 64, 100, 128, 200, 256, 400, 511, 512, 600, 1024, 2000, 2048]:
             compiled(torch.randn(rows, 512))
-    assert counter.frame_count <= len(SEGMENTS) + 1
+    assert counter.frame_count <= len(ROW_RANGES) + 1

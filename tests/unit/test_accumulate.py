@@ -118,10 +118,10 @@ def test_splits_keep_the_value():
 
 def test_merging_is_chosen_by_the_number_of_batches():
     net = layer_of(width=512).network
-    found = [choose(net, net.cores, 128, batches, torch.float32, torch.device("cpu")) for batches in (1, 16)]
+    found = [choose(net, net.cores, (("...", 128),), batches, torch.float32, torch.device("cpu")) for batches in (1, 16)]
     assert found[1] is not None and found[1].seconds < (found[0].seconds if found[0] else 1.0)
     thin = layer_of("low_rank", rank=4).network
-    assert choose(thin, thin.cores, 128, 1000, torch.float32, torch.device("cpu")) is None
+    assert choose(thin, thin.cores, (("...", 128),), 1000, torch.float32, torch.device("cpu")) is None
 
 
 def test_gradients_are_added_to_those_there_are():

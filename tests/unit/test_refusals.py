@@ -116,7 +116,7 @@ def test_a_network_with_a_wrong_or_missing_part_is_refused(key):
 def test_a_plan_with_a_wrong_or_missing_part_is_refused(key):
     with pytest.raises(tn.PlanError, match=key):
         Plan.from_json(json.dumps({name: value for name, value in PLAN.items() if name != key}))
-    allowed = {"tile": (None, 5), "search": ("text",), "machine": ("text",), "floor": (5, -1, 1.5)}
+    allowed = {"tile": (None, 5), "search": ("text",), "machine": ("text",), "floor": (5, -1, 1.5), "itemsize": (5,)}
     for value in WRONG:
         if value not in allowed.get(key, ()) or isinstance(value, bool):
             with pytest.raises((tn.PlanError, tn.SpecError, tn.SizeError)):

@@ -25,13 +25,13 @@ planning = import_module("tn.plan")  # the module: tn.plan is its function
 def searches(monkeypatch) -> list[dict]:
     """What was searched for."""
     made: list[dict] = []
-    plain = planning._plan
+    plain = planning._frugal
 
     def counted(*positional, **asked):
         made.append(asked)
         return plain(*positional, **asked)
 
-    monkeypatch.setattr(planning, "_plan", counted)
+    monkeypatch.setattr(planning, "_frugal", counted)
     return made
 
 

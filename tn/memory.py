@@ -1,0 +1,327 @@
+"""Memory: what a plan's program keeps for its gradients, and the most bytes that are alive at once.
+
+Intermediates, their gradients, copies, and products on their way into another order count; operands, the result and the gradients of
+operands do not. `Work` says when a value is made and when it dies, and the generated code (tn.program) follows it: the model is exact for
+contiguous operands in the precision of the plan, of which no axis is repeated or summed before the first step. Chains of plain products
+run on autograd's tape, which lets go of what it kept earlier: there it is an upper bound.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tn.cost import volume
+from tn.order import Axes, Path
+from tn.pairing import Pairing, is_run
+from tn.spec import ROWS
+
+if TYPE_CHECKING:
+    from tn.plan import Plan
+
+Spike = Callable[[int, int, int, bool], int]  # left, right, out, whether the result counts → bytes alive in a step beyond its operands
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes kept between the forward and the backward pass, and the most alive in each of the two; the second includes the kept ones."""
+
+    saved: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at once."""
+        return max(self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The steps of a program and of its gradients, by SSA values.
+
+    Attributes:
+        count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
+            gradient is made). results: of the program.
+        same: values that are not computed → the one they equal.
+    """
+
+    count: int
+    steps: tuple[tuple[int, int, int], ...]
+    gradients: tuple[tuple[int, int, int], ...]
+    results: tuple[int, ...]
+    same: Mapping[int, int]
+
+    @classmethod
+    def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
+        """That of a plan, for gradients of some of its values."""
+        steps = tuple((step.left, step.right, step.out) for step in plan.steps)
+        gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
+        same = {value: first for value, (first, _) in plan.same.items()}
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same)
+
+    @classmethod
+    def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
+        """That of a tree without equal values."""
+        steps = tuple((left, right, out) for out, (left, right) in enumerate(path, start=count))
+        turns = ((out, other, target) for left, right, out in steps[::-1] for target, other in ((left, right), (right, left)))
+        return cls(count, steps, tuple(turn for turn in turns if needs[turn[2]]), (count + len(path) - 1,), {})
+
+    def first(self, value: int) -> int:
+        """The value that is computed for this one."""
+        return self.same.get(value, value)
+
+    @functools.cached_property
+    def read(self) -> tuple[int, ...]:
+        """The intermediates that the gradients read, in the order they are made."""
+        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.first(other) >= self.count}))
+
+    def remade(self, have: Collection[int]) -> set[int]:
+        """The values to make again for the gradients by a backward pass that has some."""
+        missing = {value for value in self.read if value not in have}
+        for left, right, out in reversed(self.steps):
+            if out in missing:
+                missing.update(v for v in map(self.first, (left, right)) if v >= self.count and v not in have)
+        return missing
+
+    def forward(self, keep: Collection[int], only: Collection[int] | None = None) -> Iterator[tuple[int, int, int, list[int]]]:
+        """(left, right, out, values that nothing reads any more) of every step, or of those that make the values in `only`."""
+        run = [step for step in self.steps if only is None or step[2] in only]
+        ends = {self.first(value): place for place, (left, right, _) in enumerate(run) for value in (left, right)}
+        for place, (left, right, out) in enumerate(run):
+            over = place == len(run) - 1 and only is None  # what dies with the function need not be deleted
+            dead = [value for value, end in ends.items() if end == place and value >= self.count and value not in (*keep, *self.results)]
+            yield left, right, out, [] if over else dead
+
+    def backward(self, spent: Collection[int]) -> Iterator[tuple[int, int, int, list[int], list[int]]]:
+        """(known, other, target, values whose gradient nothing reads any more, values of `spent` likewise) of every gradient step."""
+        ends = {self.first(above): place for place, (above, _, _) in enumerate(self.gradients)}
+        last = {self.first(other): place for place, (_, other, _) in enumerate(self.gradients)}
+        for place, (above, other, target) in enumerate(self.gradients):
+            over = [value for value, end in ends.items() if end == place and value not in self.results]
+            yield above, other, target, over, [value for value in spent if last.get(value) == place]
+
+
+class _Heap:
+    """What is alive, by name, and the most that ever was."""
+
+    def __init__(self) -> None:
+        self.live: dict[object, int] = {}
+        self.now = self.peak = 0
+
+    def run(self, size: int) -> None:
+        """So many bytes more, for a moment."""
+        self.peak = max(self.peak, self.now + size)
+
+    def add(self, name: object, size: int) -> None:
+        self.live[name] = size
+        self.now += size
+        self.run(0)
+
+    def drop(self, *names: object) -> None:
+        for name in names:
+            self.now -= self.live.pop(name, 0)
+
+
+def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
+    """Memory of a program that takes all rows at once.
+
+    Args:
+        sizes: of every SSA value, in bytes. spikes: of a step that makes a tensor, and of one that adds to it.
+        again: nothing is kept, what the gradients read is made again, and the result and the gradients count.
+        parts: operands whose gradients count because they are added up.
+    """
+    heap, keep = _Heap(), () if again else work.read
+    for left, right, out, dead in work.forward(keep):
+        counted = again or out not in work.results
+        heap.run(spikes[0](left, right, out, counted))
+        heap.add(out, sizes[out] * counted)
+        heap.drop(*dead)
+    forward, heap.peak = heap.peak, 0
+    heap.drop(*[value for value in heap.live if value not in keep])
+    saved = heap.now
+    heap.run(0)
+    fresh = work.remade(keep)
+    for left, right, out, dead in work.forward(work.read, fresh):
+        heap.run(spikes[0](left, right, out, True))
+        heap.add(out, sizes[out])
+        heap.drop(*dead)
+    ours: set[int] = set()
+    for above, other, target, over, dead in work.backward(fresh):
+        first = work.first(target)
+        counted = again or first >= work.count or target in parts
+        heap.run(spikes[first in ours](above, other, target, counted))
+        if first not in ours:
+            heap.add(("gradient", first), sizes[first] * counted)
+            heap.run(sizes[first] * (first in work.results))  # added to the gradient that was given
+        ours.add(first)
+        heap.drop(*dead, *(("gradient", value) for value in over))
+    heap.run(max((sizes[value] for value in parts), default=0) * (len(parts) > 2))
+    return Memory(saved, forward, heap.peak)
+
+
+def lower_bound(path: Path, axes: Sequence[Axes], needs: Sequence[bool], size: Mapping[str, int], itemsize: int) -> Memory:
+    """Memory of a tree if no step copies: no layout has less.
+
+    Args:
+        axes: of every SSA value.
+    """
+    sizes = [itemsize * volume(value, size) for value in axes]
+    made = lambda left, right, out, counted: sizes[out] * counted
+    return whole(Work.along(path, needs, len(axes) - len(path)), sizes, (made, made))
+
+
+def measure(plan: "Plan") -> Memory:
+    """Memory of a plan's program."""
+    if plan.tile is not None:
+        return _tiled(plan)
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan))
+
+
+def part(plan: "Plan") -> Memory:
+    """Memory of one slice: nothing is kept, and its result and gradients are on their way into the whole ones."""
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), again=True)
+
+
+def _sizes(plan: "Plan") -> list[int]:
+    return [plan.itemsize * volume(order, plan.step_size) for order in plan.orders]
+
+
+def _spikes(plan: "Plan") -> tuple[Spike, Spike]:
+    def make(left: int, right: int, out: int, counted: bool) -> int:
+        return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted)
+
+    def add(left: int, right: int, out: int, counted: bool) -> int:
+        return plan.itemsize * _added(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
+
+    return make, add
+
+
+def _orders(plan: "Plan", left: int, right: int, out: int) -> tuple[Axes, Axes, Axes]:
+    return plan.orders[left], plan.orders[right], plan.orders[out]
+
+
+def _inner(p: Pairing, left: Axes, right: Axes, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Elements of the operands' copies, and of a product that is summed afterwards."""
+    if p.kind == "multiply":
+        return 0, 0
+    if p.kind == "dot":
+        copies = sum(volume(order, sizes) for order in (left, right) if not is_run(order, p.contracted, sizes))
+        return copies, volume((*p.batch, *p.left, *p.right, *p.contracted), sizes)
+    copies = p.copy_left * volume(left, sizes) + p.copy_right * volume(right, sizes)
+    return copies, volume((*p.batch, *p.left, *p.right), sizes) if p.batch_on == "operands" else 0
+
+
+def _made(copies: int, inner: int, result: int) -> int:
+    """Most elements alive while a product makes its own result."""
+    return max(copies + inner, inner + result) if inner else copies + result
+
+
+def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], counted: bool) -> int:
+    """Most elements alive while a step writes a new tensor (Writer.product)."""
+    (copies, inner), whole = _inner(p, left, right, sizes), volume(out, sizes)
+    result = whole * counted
+    if p.kind == "multiply" or p.out == "strided":  # the result is there before its operands are copied
+        return result + copies + inner
+    if p.out == "copy" or (p.kind == "dot" and not _alike(_natural(p, out), out, sizes)):
+        return max(_made(copies, inner, whole), whole + result)
+    return _made(copies, inner, result)
+
+
+def _into(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int]) -> int:
+    """Most elements alive while a step writes into a tensor that is there (Writer.write)."""
+    copies, inner = _inner(p, left, right, sizes)
+    return _made(copies, inner, volume(out, sizes)) if p.out == "copy" else copies + inner
+
+
+def _added(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int]) -> int:
+    """Most elements alive while a step is added to a tensor that is there (Writer.add_into)."""
+    if p.out == "copy":
+        return _made(*_inner(p, left, right, sizes), volume(out, sizes))
+    return _onto(p, left, right, out, sizes)
+
+
+def _onto(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int]) -> int:
+    """Most elements alive while a step is added to a tensor of its own shape (Writer.accumulate)."""
+    copies, inner = _inner(p, left, right, sizes)
+    if p.kind in ("mm", "bmm") and p.batch_on != "operands":
+        return copies
+    return _made(copies, inner, volume(out, sizes))
+
+
+def _tiled(plan: "Plan") -> Memory:
+    """Memory of a program that takes a tile of rows at a time (tn.tiles): what has no rows, made before the loop, and buffers."""
+    work, (make, add), sizes = Work.of(plan, plan.needs), _spikes(plan), _sizes(plan)
+    rowwise, parts = [ROWS in order for order in plan.orders], _parts(plan)
+
+    def loop(kind: Callable[..., int], left: int, right: int, out: int) -> int:
+        return plan.itemsize * kind(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
+
+    def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
+        """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
+        for left, right, out in work.steps:
+            if not rowwise[out]:
+                heap.run(make(left, right, out, True))
+                heap.add(out, sizes[out])
+        inside = [step for step in work.steps if rowwise[step[2]] and step[2] in made]
+        for *_, out in inside:
+            heap.add(out, sizes[out] * (out not in given))
+        return [loop(_into, *step) for step in inside]
+
+    first, second = _Heap(), _Heap()
+    first.run(max(forward(first, range(len(plan.orders)), work.results), default=0))
+    if not work.gradients:
+        return Memory(0, first.peak, 0)
+    spikes = forward(second, work.remade(()), ())
+    moved, after, ours, sums = [], [], set(), [work.first(t) for above, _, t in work.gradients if rowwise[above] and not rowwise[t]]
+    for above, other, target in work.gradients:
+        order, value = plan.orders[target], work.first(target)
+        counted = value >= work.count or target in parts
+        if not rowwise[above]:
+            after.append((above, other, target, counted))
+        elif not rowwise[target]:
+            counted = counted or sums.count(value) > 1
+            moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
+            second.add(("sum", target), sizes[target] * (counted or moves))
+            spikes.append(loop(_onto, above, other, target))
+            moved += [(target, counted)] if moves else []
+        elif value in ours:
+            spikes.append(add(above, other, target, counted))
+        else:
+            ours.add(value)
+            size = plan.itemsize * volume(order, plan.size if value < work.count else plan.step_size)
+            second.add(("gradient", value), size * counted)
+            spikes.append(loop(_into, above, other, target))
+    second.run(max(spikes, default=0))
+    for target, counted in moved:  # what was added up, copied into its own order
+        second.run(sizes[target] * counted)
+        second.drop(("sum", target))
+        second.add(("sum", target), sizes[target] * counted)
+    for value in sorted(value for value in set(sums) if sums.count(value) > 1):  # sums of one tensor, added up
+        second.add(("gradient", value), sizes[value] * (value >= work.count or value in parts))
+        second.drop(("sum", value))
+    for above, other, target, counted in after:
+        second.run(make(above, other, target, counted))
+        second.add(("gradient", work.first(target)), sizes[target] * counted)
+    return Memory(0, first.peak, second.peak)
+
+
+def _parts(plan: "Plan") -> list[int]:
+    """Operands that are one tensor of several: their gradients are added up."""
+    names = [term.name if value not in plan.same else "" for value, term in enumerate(plan.terms)]
+    return [value for value, name in enumerate(names) if name and plan.needs[value] and names.count(name) > 1]
+
+
+def _natural(p: Pairing, out: Axes) -> Axes:
+    """The axes of a product in its own order."""
+    if p.kind == "multiply":
+        return out
+    if p.kind == "dot":
+        return (*p.batch, *p.left, *p.right)
+    outer, inner = (p.right, p.left) if p.swap else (p.left, p.right)
+    return (*outer, *inner) if p.batch_on == "operands" else (*p.batch, *outer, *inner)
+
+
+def _alike(first: Axes, second: Axes, sizes: Mapping[str, int]) -> bool:
+    """Whether two orders are the same in memory."""
+    return [axis for axis in first if sizes[axis] != 1] == [axis for axis in second if sizes[axis] != 1]

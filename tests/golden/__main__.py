@@ -2,8 +2,14 @@
 
 from tests.golden import cases
 
-if __name__ == "__main__":
+
+def rewrite() -> None:
+    """Write every file, and say which ones changed."""
     for path, text in cases.texts():
         changed = not path.exists() or path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8")
-        print(f"{'rewrote' if changed else 'same   '} {path.relative_to(cases.FOLDER.parents[1])}")
+        print(f"{'rewrote' if changed else 'same   '} {path.name}")
+
+
+if __name__ == "__main__":
+    rewrite()

@@ -6,6 +6,7 @@ import difflib
 import pytest
 
 import tn
+from tests.golden import __main__ as command
 from tests.golden import cases
 
 
@@ -39,3 +40,13 @@ def test_a_changed_plan_shows():
     assert cases.render(plan) != cases.render(other)
     shown = difference(cases.render(plan), cases.render(other), "gpt-tiny-btt.txt")
     assert "rows at a time" in shown and shown.count("\n-") >= 1
+
+
+def test_one_command_rewrites_the_files(tmp_path, monkeypatch, capsys):
+    golden = {path.name: path.read_text(encoding="utf-8") for path in cases.FOLDER.glob("*.txt")}
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    command.rewrite()
+    command.rewrite()
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == golden
+    said = capsys.readouterr().out
+    assert said.count("rewrote") == said.count("same") == len(golden)

@@ -1,6 +1,7 @@
 """tn: every layer is a tensor-network contraction: written as a spec, planned, run fast, trained and looked into."""
 
 from tn import errors, ops, structures, testing
+from tn.accumulate import accumulate
 from tn.bridge import from_cotengra, from_quimb
 from tn.calibrate import calibrate
 from tn.contraction import Contraction, backend
@@ -22,6 +23,7 @@ from tn.restructure import densify, restructure
 from tn.saved_structure import load_restructured, save_restructured
 from tn.scaling import param_groups
 from tn.segments import segments
+from tn.store import PlanStore, plan_store
 from tn.structures import register_structure
 from tn.tracing import Node, Trace, trace
 
@@ -29,9 +31,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Contraction", "CoordinateCheck", "Embedding", "Guide", "Machine", "Mask", "Network", "Node", "OperatorError", "Plan", "PlanError",
-    "Program", "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError", "Trace",
-    "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify", "einsum", "errors",
-    "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops", "param_groups", "plan",
-    "project", "register_structure", "restructure", "save_restructured", "segments", "structures", "tensordot", "testing", "trace",
-    "transpose", "use_table",
+    "PlanStore", "Program", "Projection", "ProjectionError", "SizeError", "SpecError", "StructureError", "StructuredLinear", "TnError",
+    "Trace", "accumulate", "backend", "balance_loss", "calibrate", "compile", "contract", "contract_path", "coordinate_check", "densify",
+    "einsum", "errors", "explain", "flops", "from_cotengra", "from_quimb", "frozen", "guide", "load_restructured", "network", "ops",
+    "param_groups", "plan", "plan_store", "project", "register_structure", "restructure", "save_restructured", "segments", "structures",
+    "tensordot", "testing", "trace", "transpose", "use_table",
 ]  # fmt: skip

@@ -45,6 +45,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def current_backend() -> str | None:
+    """The backend of the block this thread is in, if it is in one."""
+    return _forced.get()
+
+
 def _check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise OperatorError(unknown("backend", name, BACKENDS))
@@ -109,6 +114,7 @@ class Contraction(nn.Module):
     """
 
     _merged: Any = None  # inside tn.frozen: runs the layer as one product
+    _hoisted: Any = None  # inside tn.accumulate: runs the layer with merged cores
 
     def __init__(
         self,
@@ -221,6 +227,7 @@ class Contraction(nn.Module):
         operands = [
             next(given) if core is None else parameters[core] if core in parameters else getattr(self, core) for core in self._slots
         ]
+        stored = operands
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
         first, lead = operands[0], self._lead
@@ -236,6 +243,10 @@ class Contraction(nn.Module):
             segment = self._cells.find(operands) if self._cells.groups else 0
         else:
             segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
+        if self._hoisted is not None and grads is not None:
+            hoisted = self._hoisted(stored, first.dtype, grads, segment)
+            if hoisted is not None:
+                return hoisted
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
         run = self._programs.get(key)
         if run is None:
@@ -246,9 +257,10 @@ class Contraction(nn.Module):
         return result
 
     def refresh(self) -> None:
-        """Inside `tn.frozen`: forget the merged matrix, after a write through `.data`, which nothing can notice."""
-        if self._merged is not None:
-            self._merged.refresh()
+        """Inside `tn.frozen` and `tn.accumulate`: forget merged cores, after a write through `.data`, which nothing can notice."""
+        for kept in (self._merged, self._hoisted):
+            if kept is not None:
+                kept.refresh()
 
     def _refuse(self, inputs: tuple[object, ...]) -> None:
         if len(inputs) != len(self._inputs):
@@ -281,7 +293,7 @@ class Contraction(nn.Module):
         )
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled", "_merged")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_programs", "_compiled", "_merged", "_hoisted")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

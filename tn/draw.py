@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tn.errors import SizeError, unknown
+from tn.documents import is_size
+from tn.errors import KindError, OperatorError, SizeError, unknown
 from tn.network import Network
 
 _COLOURS = {"input": "#9ecae1", "core": "#fdae6b", "const": "#d9d9d9"}
@@ -83,12 +85,19 @@ def places(drawn: Picture) -> np.ndarray:
 
 def draw(net: Network, path: str | PathLike[str] | None, sizes: Mapping[str, int] | None) -> Any:
     """See `tn.Network.draw`."""
+    check_path(path)
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise KindError(f"sizes is a {type(sizes).__name__}, expected axis → size")
     from matplotlib.figure import Figure  # late: keeps `import tn` light
     from matplotlib.patches import Circle  # late: the same
 
-    for axis in sizes or {}:
+    for axis, given in (sizes or {}).items():
         if axis not in net.axes:
             raise SizeError(unknown("axis", axis, net.axes))
+        if not is_size(given):
+            raise SizeError(f"axis {axis!r} has size {given!r}, expected an integer ≥ 0")
+        if net.sizes.get(axis, given) != given:
+            raise SizeError(f"axis {axis!r} has size {net.sizes[axis]} in the network, sizes says {given}")
     known = {**net.sizes, **(sizes or {})}
     drawn = picture(net)
     at = places(drawn)
@@ -115,7 +124,21 @@ def draw(net: Network, path: str | PathLike[str] | None, sizes: Mapping[str, int
     roles = [role for role in _COLOURS if any(_role(net, name) == role for name in net.names)]
     handles = [Circle((0, 0), 1, facecolor=_COLOURS[role], edgecolor=_INK, label=role) for role in roles]
     figure.legend(handles=handles, loc="upper right", fontsize=8, frameon=False, ncols=len(roles))
+    return saved(figure, path)
+
+
+def check_path(path: object) -> None:
+    """Raise KindError for a path that is none."""
+    if path is not None and not isinstance(path, str | PathLike):
+        raise KindError(f"path is a {type(path).__name__}, expected a file to write to, or None")
+
+
+def saved(figure: Any, path: str | PathLike[str] | None) -> Any:
+    """The figure, written to a file where one is named. Raises OperatorError for an ending that matplotlib has no format for."""
     if path is not None:
+        ending, formats = Path(path).suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+        if ending and ending not in formats:
+            raise OperatorError(f"cannot draw {str(path)!r}: {unknown('format', ending, formats)}")
         figure.savefig(path, dpi=150)
     return figure
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from tn.bridge.opt_einsum import PathReport, report, route
 from tn.contraction import BACKENDS
 from tn.errors import KindError, OperatorError, SizeError, SpecError, unknown
 from tn.family import Structure, family, make, rearrange
-from tn.graph import contract_call, einsum_call, is_symbolic
+from tn.graph import contract_call, converted, einsum_call, is_symbolic
 from tn.letters import Equation, read, read_lists, spell
 from tn.network import Network, network
 from tn.spec import ROWS, Spec, looks_like_letters
@@ -50,7 +51,8 @@ def einsum(
             NumPy arrays, numbers and lists.
         optimize: None, True or "auto": the planner here. False: the order as written. A path of opt_einsum or NumPy, the name of one of
             their searches, or an optimizer object of opt_einsum or cotengra: that order.
-        out: tensor or array to write to. dtype: that everything is computed in.
+        out: tensor or array to write to. dtype: that everything is computed in; torch tensors are only widened to it, as
+            `torch.promote_types` widens, and NumPy arrays as `casting` allows.
         order, casting: as in NumPy, for NumPy operands only.
 
     Returns:
@@ -112,7 +114,12 @@ def _array(operand: Any, position: int) -> np.ndarray:
     """An array, a number or a list as an array. What has a shape but no way to become an array is refused, not wrapped as an object."""
     if hasattr(operand, "shape") and not hasattr(operand, "__array__"):
         raise KindError(f"operand {position} is a {type(operand).__name__}, expected torch tensors, or NumPy arrays, numbers and lists")
-    return np.asanyarray(operand)
+    if operand is None or isinstance(operand, str | bytes | dict | set):
+        raise KindError(f"operand {position} is a {type(operand).__name__}, expected an array, a number or a list of them")
+    try:
+        return np.asanyarray(operand)
+    except ValueError as error:  # rows of different lengths
+        raise KindError(f"operand {position} is a {type(operand).__name__} that is no array: {error}") from None
 
 
 def _array_key(args: tuple, optimize: Any) -> tuple | None:
@@ -151,6 +158,8 @@ def contract(spec: str, *operands: Operand, backend: str = "planned") -> Any:
     """
     if backend not in BACKENDS:
         raise OperatorError(unknown("backend", backend, BACKENDS))
+    if not isinstance(spec, str):
+        raise KindError(f"the spec is a {type(spec).__name__}, expected text such as 'i j, j k -> i k'")
     if torch.compiler.is_compiling():
         return contract_call(spec, operands, backend)
     try:
@@ -216,7 +225,7 @@ def contract_path(*args: Any, optimize: Any = None, shapes: bool = False) -> Pat
     ([(0, 1), (0, 1)], Decimal('1128'))
     """
     ranked, operands = _split(args)
-    given = [tuple(operand) if shapes else tuple(np.shape(operand)) for operand in operands]
+    given = [_shape(operand, i) if shapes else _dims(operand, i) for i, operand in enumerate(operands)]
     equation = ranked(tuple(map(len, given)))
     sizes, narrow = equation.bind(given)
     spec = equation.spec(narrow)
@@ -245,15 +254,49 @@ def tensordot(a: Operand, b: Operand, axes: int | Sequence = 2) -> Any:
     >>> tensordot(torch.ones(2, 3, 4), torch.ones(4, 3, 5), axes=([1, 2], [1, 0])).shape
     torch.Size([2, 5])
     """
-    ranks = tuple(side.dim() if isinstance(side, Tensor) else np.ndim(side) for side in (a, b))
-    if not isinstance(axes, int):
-        axes = tuple((side,) if isinstance(side, int) else tuple(side) for side in axes)
-    return einsum(_dot(ranks, axes), a, b)
+    ranks = (len(_dims(a, 0)), len(_dims(b, 1)))
+    return einsum(_dot(ranks, _dot_axes(axes)), a, b)
+
+
+def _dims(operand: Any, position: int) -> tuple[int, ...]:
+    """Shape of an operand."""
+    return tuple(operand.shape) if isinstance(operand, Tensor) else _array(operand, position).shape
+
+
+def _shape(shape: Any, position: int) -> tuple[int, ...]:
+    """A shape that stands for an operand."""
+    try:
+        return tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise KindError(f"operand {position} is {shape!r}, expected a shape such as (2, 3), as shapes=True says") from None
+
+
+def _dot_axes(axes: Any) -> int | tuple[tuple[int, ...], ...]:
+    """The axes of a tensordot as a count or two tuples."""
+    expected = "a number of dimensions ≥ 0, or the dimensions of each operand such as ([1], [0])"
+    if isinstance(axes, bool | str | bytes):
+        raise KindError(f"tensordot axes={axes!r}, expected {expected}")
+    try:
+        if hasattr(axes, "__index__"):
+            count = operator.index(axes)
+        else:
+            sides = tuple((operator.index(side),) if hasattr(side, "__index__") else tuple(map(operator.index, side)) for side in axes)
+    except TypeError:
+        raise KindError(f"tensordot axes={axes!r}, expected {expected}") from None
+    if hasattr(axes, "__index__"):
+        if count < 0:
+            raise SpecError(f"tensordot axes={count}, expected {expected}")
+        return count
+    if len(sides) != 2:
+        raise SpecError(f"tensordot axes={axes!r} are {len(sides)} lists, expected {expected}")
+    return sides
 
 
 @functools.lru_cache(maxsize=4096)
 def _dot(ranks: tuple[int, int], axes: int | tuple[tuple[int, ...], ...]) -> str:
     """The equation of a tensordot."""
+    if isinstance(axes, int) and axes > min(ranks):
+        raise SpecError(f"tensordot axes={axes} sums over more dimensions than the operands have: {ranks[0]} and {ranks[1]}")
     left, right = (tuple(range(ranks[0] - axes, ranks[0])), tuple(range(axes))) if isinstance(axes, int) else axes
     if len(left) != len(right):
         raise SpecError(f"tensordot axes {left} and {right} differ in number")
@@ -273,11 +316,21 @@ def _dot(ranks: tuple[int, int], axes: int | tuple[tuple[int, ...], ...]) -> str
 def transpose(a: Operand, axes: Sequence[int]) -> Any:
     """The dimensions in another order, as `numpy.transpose`: the third function that opt_einsum's `backend="tn"` calls. A view.
 
+    Raises:
+        KindError: axes that are no integers. SpecError: axes that are not each dimension once.
+
     >>> import torch
     >>> transpose(torch.ones(2, 3, 4), (2, 0, 1)).shape
     torch.Size([4, 2, 3])
     """
-    return a.permute(*axes) if isinstance(a, Tensor) else np.transpose(a, axes)
+    rank = len(_dims(a, 0))
+    try:
+        wanted = tuple(map(operator.index, axes))
+    except TypeError:
+        raise KindError(f"transpose axes={axes!r}, expected an order of the {rank} dimensions such as {tuple(range(rank))[::-1]}") from None
+    if sorted(axis % rank if -rank <= axis < rank else -1 for axis in wanted) != list(range(rank)):
+        raise SpecError(f"transpose axes={wanted} are not each of the operand's {rank} dimensions once")
+    return a.permute(wanted) if isinstance(a, Tensor) else np.transpose(a, wanted)
 
 
 Reader = Callable[[tuple[int, ...]], Equation]  # ranks of the operands → the equation
@@ -292,7 +345,7 @@ def _split(args: tuple) -> tuple[Reader, Sequence[Any]]:
         if len(operands) == 1 and isinstance(operands[0], list | tuple) and any(isinstance(item, Tensor) for item in operands[0]):
             operands = tuple(operands[0])  # torch takes them in a list too
         return functools.partial(read, args[0]), operands
-    if len(args) < 2:
+    if len(args) < 2 or args[0] is None or isinstance(args[0], bytes):
         raise KindError(f"the equation is a {type(args[0]).__name__}, expected text such as 'ij,jk->ik'")
     lists, output = args[1::2], None
     if len(args) % 2:
@@ -313,7 +366,7 @@ def _tensors(operands: Sequence[Any], dtype: Any = None, order: str | None = Non
     if dtype is not None:
         if not isinstance(dtype, torch.dtype):
             raise KindError(f"dtype={dtype!r}: expected a torch.dtype, as the operands are torch tensors")
-        operands = [operand.to(dtype) for operand in operands]
+        operands = converted(operands, dtype)
     kinds = {(operand.dtype, operand.device) for operand in operands}
     if len(kinds) > 1:
         raise OperatorError(

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tn.contraction import Contraction
 from tn.errors import OperatorError
 from tn.linear import StructuredLinear
+from tn.merging import Held
 from tn.plan import plan
 from tn.program import autocast
 from tn.segments import ROW_RANGES
@@ -33,7 +34,7 @@ class _Merged:
         self.d_in, self.d_out = math.prod(self.shape), layer.out_features if isinstance(layer, StructuredLinear) else outs
         self.names = [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]
         self.buffers = [name for name, _ in layer.named_buffers(recurse=False)]
-        self.held: list[tuple[Tensor, int, int]] = []  # the tensors it was made of, with their version and address
+        self.held = Held()  # the tensors it was made of
         self.matrices: dict[torch.dtype, tuple[Tensor, torch.Size]] = {}  # dtype computed in → (out, in), shape of a row of the result
         self.wins: dict[tuple, bool] = {}
 
@@ -48,14 +49,11 @@ class _Merged:
         stored: list[Tensor | None] = [parameters.get(name) for name in self.names]
         if self.buffers:
             stored += [buffers.get(name) for name in self.buffers]
-        held = self.held
-        if len(held) != len(stored) or any(
-            kept is not tensor or version != tensor._version or address != tensor.data_ptr()
-            for (kept, version, address), tensor in zip(held, stored, strict=True)
-        ):
-            if any(tensor is None or tensor.is_inference() for tensor in stored):  # replaced by a parametrisation; without a version
+        if not self.held.same(stored):
+            tensors = [tensor for tensor in stored if tensor is not None and not tensor.is_inference()]
+            if len(tensors) < len(stored):  # replaced by a parametrisation; without a version
                 return None
-            self.held, self.matrices = [(tensor, tensor._version, tensor.data_ptr()) for tensor in stored if tensor is not None], {}
+            self.held, self.matrices = Held(tensors), {}
         bias, rows = parameters["bias"], x.numel() // self.d_in
         segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
         key = (x.dtype, x.device, segment)

@@ -39,8 +39,16 @@ def einsum_call(args: Sequence[Any], optimize: Any, dtype: torch.dtype | None) -
         if not isinstance(operand, Tensor):
             raise KindError(f"an operand is a {type(operand).__name__}; inside torch.compile tn.einsum takes torch tensors only")
     if dtype is not None:
-        operands = [operand.to(dtype) for operand in operands]
+        operands = converted(operands, dtype)
     return torch.ops.tn.einsum(equation, operands, _as_text(optimize))
+
+
+def converted(operands: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Operands in a dtype that holds their values. Raises KindError for one that would lose some, as NumPy's casting="safe" does."""
+    for i, operand in enumerate(operands):
+        if torch.promote_types(operand.dtype, dtype) != dtype:
+            raise KindError(f"operand {i} is {operand.dtype}, which dtype={dtype} cannot hold: convert it with .to() if that is meant")
+    return [operand.to(dtype) for operand in operands]
 
 
 def contract_call(spec: str, operands: Sequence[Any], backend: str) -> Any:

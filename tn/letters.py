@@ -142,9 +142,12 @@ def _letters(term: str, text: str, where: str) -> Labels:
 
 
 def _plain(labels: Sequence[Hashable], where: str) -> Labels:
-    if isinstance(labels, str) or not hasattr(labels, "__iter__"):
+    if isinstance(labels, str | bytes) or not hasattr(labels, "__iter__"):
         raise KindError(f"{where} has the labels {labels!r}, expected a list such as [0, 1] or [..., 0]")
-    return tuple(operator.index(label) if hasattr(label, "__index__") else label for label in labels)
+    try:
+        return tuple(operator.index(label) if hasattr(label, "__index__") else label for label in labels)
+    except TypeError:  # tensors and arrays say that they have an index, and most have none
+        raise KindError(f"{where} has a {type(labels).__name__} for labels, expected a list such as [0, 1]; an equation is text") from None
 
 
 def _equation(text: str | None, terms: Sequence[Labels], output: Labels | None, ranks: tuple[int, ...]) -> Equation:

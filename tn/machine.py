@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tn.documents import document
 from tn.errors import PlanError
 
 # Extents of m, n and k in the tables of products. Libraries have slow paths for few columns, so n has the most.
@@ -138,15 +139,20 @@ class Machine:
     @classmethod
     def from_json(cls, text: str) -> "Machine":
         """The table that `to_json` wrote. Raises PlanError for another format or tables of another size."""
-        value = json.loads(text)
-        if value.pop("format", None) != FORMAT:
-            raise PlanError(f"machine table of another format, this version reads {FORMAT}")
+        value = document(text, FORMAT, {"name": str, "mm": list, "bmm": list, "loop": list}, "machine table", PlanError)
+        value.pop("format")
         for key in ("mm", "bmm", "loop"):
             value[key] = tuple(tuple(line) for line in value[key])
             if [len(line) for line in value[key]] != [len(SHAPES)] * len(READS):
                 raise PlanError(f"machine table {value.get('name')!r}: {key} needs {len(READS)} lines of {len(SHAPES)} numbers")
-        value["operators"] = {case: _row(value["name"], case, row) for case, row in value.get("operators", {}).items()}
-        return cls(**value)
+        operators = value.get("operators", {})
+        if not isinstance(operators, dict):
+            raise PlanError(f"machine table {value.get('name')!r}: operators is {operators!r}, expected a row for each case")
+        value["operators"] = {case: _row(value.get("name", ""), case, row) for case, row in operators.items()}
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise PlanError(f"machine table {value['name']!r} has other entries than this version reads: {error}") from None
 
     def __repr__(self) -> str:
         return f"Machine({self.name!r}, {self.source!r})"

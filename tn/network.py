@@ -10,6 +10,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any
 
+from tn.documents import document, is_size
 from tn.errors import SizeError, SpecError, unknown
 from tn.spec import ROWS, Spec, Term, parse
 
@@ -191,11 +192,15 @@ class Network:
 
     @classmethod
     def from_json(cls, text: str) -> "Network":
-        """The network that `to_json` wrote. Raises SpecError for another format."""
-        value = json.loads(text)
-        if value.get("format") != FORMAT:
-            raise SpecError(f"network format {value.get('format')!r}, this version reads {FORMAT}")
-        return network(value["spec"], dict(value["sizes"]), cores=value["cores"], consts=value["consts"])
+        """The network that `to_json` wrote. Raises SpecError for another format or text that is no network, SizeError for sizes."""
+        value = document(text, FORMAT, {"spec": str, "sizes": list, "cores": list, "consts": list}, "network", SpecError)
+        pairs = value["sizes"]
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            raise SpecError(f"network JSON has sizes: {pairs!r}, expected a list of [axis, size]")
+        for key in ("cores", "consts"):
+            if not all(isinstance(name, str) for name in value[key]):
+                raise SpecError(f"network JSON has {key}: {value[key]!r}, expected a list of names")
+        return network(value["spec"], dict(pairs), cores=value["cores"], consts=value["consts"])
 
     def to_quimb(self, tensors: Mapping[str, Any] | Sequence[Any], tags: Mapping[str, Iterable[str]] | None = None) -> Any:
         """The network with its tensors as a `quimb.tensor.TensorNetwork`; `tn.from_quimb` reads it back.
@@ -229,7 +234,7 @@ class Network:
             The matplotlib Figure. A hyperaxis is a small dot with a line to each of its tensors.
 
         Raises:
-            SizeError: sizes of unknown axes.
+            SizeError: sizes of unknown axes, or other than the network's. OperatorError: a path that cannot be drawn to.
         """
         from tn.draw import draw  # late: the picture builds on networks
 
@@ -311,7 +316,7 @@ def network(spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: 
             raise SizeError(unknown("axis", axis, draft.axes))
         if axis == ROWS:
             raise SizeError("'...' takes its size from the call; give sizes for named axes only")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if not is_size(size):
             raise SizeError(f"axis {axis!r} has size {size!r}, expected an integer ≥ 0")
     checked = Network(parsed, tuple((axis, given[axis]) for axis in draft.axes if axis in given), draft.cores, draft.consts)
     for name in checked.cores:

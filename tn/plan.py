@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
 
-from tn import memory, order, slices
+from tn import memory, order, slices, store
 from tn.cost import contraction_flops, step_flops, volume
+from tn.documents import is_size
 from tn.errors import PlanError, SizeError, unknown
 from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
@@ -292,6 +294,20 @@ class Plan:
             total += contraction_flops(left, right, out, sizes)
         return total
 
+    def draw(self, path: str | PathLike[str] | None = None) -> Any:
+        """A picture of the contraction tree: each step with its operator, FLOPs, predicted time and copies, each tensor with its axes in
+        memory order and a line as wide as it has bytes; steps that run tile by tile are marked.
+
+        Args:
+            path: file to write, its format from the ending (".png", ".svg", ".pdf").
+
+        Returns:
+            The matplotlib Figure. Raises OperatorError for a path that cannot be drawn to.
+        """
+        from tn.draw_plan import draw  # late: the picture builds on plans
+
+        return draw(self, path)
+
     def to_json(self) -> str:
         """Canonical JSON; `Plan.from_json` reads it."""
         value = {
@@ -321,25 +337,11 @@ class Plan:
             table: the machine table it was made with; the built-in CPU table if None.
 
         Raises:
-            PlanError: another format, or a table with other numbers.
+            PlanError: another format, a table with other numbers, or text that is no plan. SpecError, SizeError: its network is none.
         """
-        value = json.loads(text)
-        if value.get("format") != FORMAT:
-            raise PlanError(f"plan format {value.get('format')!r}, this version reads {FORMAT}")
-        table = table or machine()
-        if value["machine_digest"] != table.digest:
-            raise PlanError(
-                f"plan was made with machine table {value['machine']!r} ({value['machine_digest']}), got {table.name!r} ({table.digest})"
-            )
-        sizes = tuple((axis, size) for axis, size in value["sizes"])
-        path = tuple((left, right) for left, right in value["path"])
-        orders = tuple(map(tuple, value["orders"]))
-        network = Network.from_json(json.dumps(value["network"]))
-        others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
-        grad, goal, search = tuple(value["grad"]), value["goal"], value["search"]
-        sliced = tuple((axis, size) for axis, size in value["slices"])
-        floor, itemsize = value["floor"], value["itemsize"]
-        return cls(network, sizes, grad, goal, search, path, orders, value["tile"], table, floor, others, sliced, itemsize)
+        from tn.saved_plan import read  # late: it makes plans
+
+        return read(text, table)
 
     def __str__(self) -> str:
         from tn.table import table  # late: it reads plans
@@ -439,15 +441,24 @@ def plan(
     for axis, extent in given.items():
         if axis not in network.axes:
             raise SizeError(unknown("axis", axis, network.axes))
-        if isinstance(extent, bool) or not isinstance(extent, int) or extent < 0:
+        if not is_size(extent):
             raise SizeError(f"axis {axis!r} has size {extent!r}, expected an integer ≥ 0")
         if network.sizes.get(axis, extent) != extent:
             raise SizeError(f"axis {axis!r} has size {network.sizes[axis]} in the network, sizes says {extent}")
     # A dynamic axis is never planned as size one: layouts may ignore axes of size one, and this axis can grow.
     size = {axis: network.sizes.get(axis, max(2, given.get(axis, DEFAULT_ROWS))) for axis in network.axes}
-    grads = tuple(name for name in network.names if name in wanted)
-    table = table or machine(device, dtype)
-    made = _frugal(network, tuple(size.items()), grads, goal, search, table, seed, dtype.itemsize, memory_limit)
+    asked = {
+        "network": network,
+        "sizes": tuple(size.items()),
+        "grad": tuple(name for name in network.names if name in wanted),
+        "goal": goal,
+        "search": search,
+        "table": table or machine(device, dtype),
+        "seed": seed,
+        "itemsize": dtype.itemsize,
+        "limit": memory_limit,
+    }
+    made = store.recall(asked, _frugal, Plan.from_json)
     return placed(made, dtype, torch.device(device).type)
 
 

@@ -10,6 +10,12 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "tn-layers"
 
 
+def plan_store() -> Path | None:
+    """Where plans are kept on disk without being asked for in code: the folder $TN_PLAN_STORE, or nowhere."""
+    folder = os.environ.get("TN_PLAN_STORE")
+    return Path(folder) if folder else None
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors: $TRITON_INTERPRET is 1, true, yes or on, as Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "y", "on")

@@ -12,7 +12,8 @@ from train.config import RunConfig
 from train.errors import RunError
 
 CONFIG, METRICS, SAMPLES, RESULT, CHECKPOINTS = "config.yaml", "metrics.jsonl", "samples.txt", "result.json", "checkpoints"
-_OURS = (CONFIG, METRICS, RESULT, CHECKPOINTS, "model.json", "model.safetensors")
+PLANS = "plans"  # what the run's contractions were planned as, and the machine table they were planned with; see tn.plan_store
+_OURS = (CONFIG, METRICS, RESULT, CHECKPOINTS, PLANS, "model.json", "model.safetensors")
 
 
 def choose(config: RunConfig) -> Path:

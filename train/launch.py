@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import tn
 import zoo
+from tn.machine import machine
 from train import checkpoint, data, folder, optim, plot, recipes, report, sample
 from train import config as configs
 from train.config import RunConfig
@@ -55,7 +57,8 @@ def run(config: RunConfig, *, console: Console | None = None) -> Result:
         with folder.lock(task.run):
             folder.claim(task.run, configs.dump(config))
             _save_tokenizer(corpus.tokenizer, task.run)
-            return _train(task, cost, Position(), {}, corpus, console)
+            with tn.plan_store(task.run / folder.PLANS, pinned=True):
+                return _train(task, cost, Position(), {}, corpus, console)
 
 
 def resume(path: str | Path, *, threads: int | None = None, console: Console | None = None) -> Result:
@@ -78,7 +81,7 @@ def resume(path: str | Path, *, threads: int | None = None, console: Console | N
         configs.check_threads(threads)
     path = folder.find(Path(path))
     config = _saved_config(path)
-    with folder.lock(path), _threads(threads or config.threads), memory():
+    with folder.lock(path), _threads(threads or config.threads), memory(), tn.plan_store(path / folder.PLANS, pinned=True) as plans:
         found = checkpoint.find(path / folder.CHECKPOINTS)
         for broken, reason in found.broken:
             _say(console, f"ignored checkpoint {broken}: {reason}")
@@ -96,6 +99,7 @@ def resume(path: str | Path, *, threads: int | None = None, console: Console | N
         _compare_config(console, path, state["config"], config)
         device = _device(config)
         _compare_surroundings(console, state, device)
+        _compare_table(console, plans, device)
         corpus = _same_corpus(config, path, state["fingerprints"])
         task = _assemble(config, path, corpus, device)
         state, rng = checkpoint.load(newest, task.model, task.optimizer)
@@ -302,6 +306,15 @@ def _compare_surroundings(console: Console, state: dict[str, Any], device: torch
     for name, value in now.items():
         if then.get(name) != value:
             _warn(console, f"{name} was {then.get(name)} when the checkpoint was made and is {value} now: the result will not be bit-equal")
+
+
+def _compare_table(console: Console, plans: tn.PlanStore, device: torch.device) -> None:
+    """Say that a run keeps its plans where this version of the library would plan with other rates."""
+    now = machine(device)
+    then = plans.table(now)
+    if then != now:
+        changed = f"machine table {now.name} was {then.digest} when the run began and is {now.digest} now"
+        _say(console, f"{changed}: the run keeps its own and its plans")
 
 
 def _same_corpus(config: RunConfig, path: Path, fingerprints: dict[str, str]) -> data.Corpus:

@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_behind(finished):
     run, result, _ = finished
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "samples.txt", "curves.png", "checkpoints", "result.json"),
+        *("config.yaml", "metrics.jsonl", "samples.txt", "curves.png", "checkpoints", "plans", "result.json"),
         *("model.json", "model.safetensors", "tokenizer.json"),
     }
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -33,11 +33,20 @@ def to_quimb(net: Network, tensors: Mapping[str, Any] | Sequence[Any], tags: Map
     """See `tn.Network.to_quimb`."""
     import quimb.tensor as qtn  # late: keeps `import tn` light
 
+    if not isinstance(tensors, Mapping | Sequence):
+        raise KindError(f"tensors is a {type(tensors).__name__}, expected data by name or in the order of {', '.join(net.names)}")
     given = _by_name(net, tensors)
+    for name, tensor in given.items():
+        if not hasattr(tensor, "shape") or not hasattr(tensor, "reshape"):
+            raise KindError(f"tensor {name!r} is a {type(tensor).__name__}, expected a torch tensor or a NumPy array")
     sizes = net.bind([tensor.shape for tensor in given.values()])
+    if tags is not None and not isinstance(tags, Mapping):
+        raise KindError(f"tags is a {type(tags).__name__}, expected tags by tensor name")
     more = dict(tags or {})
-    for name in more:
+    for name, own in more.items():
         net.term(name)
+        if isinstance(own, str) or not isinstance(own, Iterable):
+            raise KindError(f"tags of {name!r} are {own!r}, expected a list of words")
     made = []
     split: dict[tuple, Any] = {}  # one object for a tensor that stands twice, by which `from_quimb` knows it
     for term in net.spec.operands:

@@ -21,7 +21,8 @@ from bench.row import RESULTS, Row, append, wide_console
 from bench.timing import Timing, interleaved
 from tn import order
 from tn.machine import Machine, machine
-from tn.plan import Plan, along, leaf_axes
+from tn.plan import Plan, leaf_axes
+from tn.planner import along
 
 PARTS = ("planning", "floors", "random", "regret", "predicted")
 PAIRS = 30  # against the best peer
@@ -54,7 +55,7 @@ def planning_rows() -> Iterator[Row]:
 
 def _forget() -> None:
     """Clear every cache of the planner; the machine table stays loaded."""
-    for name in ("tn.plan", "tn.pairing", "tn.forms", "tn.layout", "tn.order", "tn.machine"):
+    for name in ("tn.plan", "tn.planner", "tn.pairing", "tn.forms", "tn.layout", "tn.order", "tn.machine"):
         for value in vars(importlib.import_module(name)).values():
             if hasattr(value, "cache_clear") and value is not machine:
                 value.cache_clear()

@@ -15,7 +15,8 @@ from tn.linear import Embedding, StructuredLinear
 from tn.machine import Machine, use_table
 from tn.network import Network, network
 from tn.ops import Mask
-from tn.plan import Plan, plan
+from tn.plan import Plan
+from tn.planner import plan
 from tn.program import Program, compile
 from tn.projection import Projection, project
 from tn.report import explain, flops

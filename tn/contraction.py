@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
-from tn.plan import DEFAULT_ROWS, Plan, plan
+from tn.plan import Plan
+from tn.planner import DEFAULT_ROWS, plan
 from tn.program import EinsumProgram, OperatorProgram, Program, autocast, fits_fast, program
 from tn.segments import ROW_RANGES, cells
 from tn.spec import ROWS

@@ -17,7 +17,8 @@ from tn.bridge.paths import along
 from tn.contraction import program
 from tn.network import network
 from tn.order import SEARCHES, Axes
-from tn.plan import leaf_axes, plan
+from tn.plan import leaf_axes
+from tn.planner import plan
 from tn.program import EinsumProgram, Program
 from tn.spec import ROWS, Spec
 

@@ -13,7 +13,7 @@ from tn.contraction import Contraction
 from tn.errors import OperatorError
 from tn.linear import StructuredLinear
 from tn.merging import Held
-from tn.plan import plan
+from tn.planner import plan
 from tn.program import autocast
 from tn.segments import ROW_RANGES
 from tn.spec import ROWS

@@ -11,7 +11,8 @@ from tn.cost import step_flops, volume
 from tn.errors import PlanError
 from tn.layout import Job, choose
 from tn.order import Path, steps_of
-from tn.plan import TILES, Plan, settled
+from tn.plan import Plan, settled
+from tn.planner import TILES
 from tn.spec import ROWS
 
 _EVERY = 5  # operands up to which every tree is looked at: 105

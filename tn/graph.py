@@ -15,7 +15,7 @@ from tn.errors import KindError, OperatorError
 from tn.family import Structure, make, rearrange
 from tn.letters import read, symbol
 from tn.network import network
-from tn.plan import DEFAULT_ROWS
+from tn.planner import DEFAULT_ROWS
 from tn.program import EinsumProgram, Program
 from tn.spec import ROWS
 

@@ -11,7 +11,8 @@ from tn import operators, regions
 from tn.errors import OperatorError
 from tn.machine import Machine
 from tn.network import Network, network
-from tn.plan import Plan, plan
+from tn.plan import Plan
+from tn.planner import plan
 from tn.program import OperatorProgram, Program
 from tn.structures import get
 from tn.structures.registry import Options

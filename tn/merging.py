@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tn.network import Network, network
-from tn.plan import Plan, plan
+from tn.plan import Plan
+from tn.planner import plan
 from tn.spec import ROWS, Spec, Term
 
 _FREELY = 5  # cores up to which several groups may be merged apart; with more, one run of neighbours

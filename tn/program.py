@@ -26,7 +26,8 @@ from tn.errors import OperatorError, PlanError, SizeError
 from tn.network import Network
 from tn.operators import Offer, transforming, usable
 from tn.pairing import pair
-from tn.plan import Plan, plan
+from tn.plan import Plan
+from tn.planner import plan
 from tn.spec import ROWS
 from tn.writer import Gradients, Value, Writer, tuple_of
 

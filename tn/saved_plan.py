@@ -8,7 +8,8 @@ from tn.errors import PlanError, unknown
 from tn.machine import Machine, machine
 from tn.network import Network
 from tn.order import Axes
-from tn.plan import FORMAT, GOALS, Plan
+from tn.plan import FORMAT, Plan
+from tn.planner import GOALS
 
 _KEYS = {
     "network": dict,

@@ -20,7 +20,8 @@ from tn.errors import PlanError, SizeError, unknown
 from tn.frugal import every, score
 from tn.network import Network
 from tn.order import Axes, Path, steps_of
-from tn.plan import Plan, leaf_axes, plan
+from tn.plan import Plan, leaf_axes
+from tn.planner import plan
 from tn.spec import ROWS
 
 _PLANS = 4  # at most, for the goal "time" and for two axes

@@ -27,7 +27,7 @@ from tn.errors import PlanError
 from tn.machine import Machine
 
 # what decides which plan is found
-_PLANNER = ("cost", "frugal", "layout", "machine", "memory", "order", "pairing", "plan", "sharing", "slices")
+_PLANNER = ("cost", "frugal", "layout", "machine", "memory", "order", "pairing", "plan", "planner", "sharing", "slices", "forms")
 
 
 class PlanStore:

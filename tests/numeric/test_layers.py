@@ -261,7 +261,7 @@ def test_training_goes_on_under_another_plan(monkeypatch):
         for step, x in enumerate(inputs):
             if switch and step == 4:
                 states, before = (layer.state_dict(), optimizer.state_dict()), layer.plan(40)
-                monkeypatch.setattr(sys.modules["tn.plan"], "machine", lambda *_: slow)
+                monkeypatch.setattr(sys.modules["tn.planner"], "machine", lambda *_: slow)
                 layer = tn.Contraction(spec, sizes=sizes, cores=("a", "c"), dtype=torch.float64)
                 assert layer.plan(40).orders != before.orders
                 optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)

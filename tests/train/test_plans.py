@@ -30,7 +30,7 @@ def test_a_resume_keeps_plans_and_table(tmp_path, monkeypatch):
 
     built_in = machine.machine()
     other = dataclasses.replace(built_in, call=built_in.call * 50, element=built_in.element * 50)
-    for module in (machine, launch, import_module("tn.plan")):
+    for module in (machine, launch, import_module("tn.planner")):
         monkeypatch.setattr(module, "machine", lambda *_: other)
     out = io.StringIO()
     train.resume(run, console=Console(file=out, width=300))

@@ -18,7 +18,7 @@ from tn.machine import machine, roofline
 NET = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=4, j=8, r=2, k=16, l=4), cores=("a", "c"))
 OTHER = roofline("other", peak=1e11, small=8, bandwidth=1e10, launch=1e-6, source="made up")
 
-planning = import_module("tn.plan")  # the module: tn.plan is its function
+planning = import_module("tn.planner")  # the module: tn.plan is its function
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from tn.errors import PathError, PlanError
 from tn.network import Network
 from tn.order import Path
-from tn.plan import Plan, plan
-from tn.plan import along as plans_along
+from tn.plan import Plan
+from tn.planner import along as plans_along
+from tn.planner import plan
 
 
 def to_pairs(path: Iterable[Sequence[int]], count: int) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from tn.errors import StructureError, unknown
-from tn.plan import plan
+from tn.planner import plan
 from tn.structures.factors import splits
 from tn.structures.registry import Built, Options, Structure, axes_of, get
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tn.cost import volume
 from tn.order import Axes, Path
-from tn.pairing import Pairing, is_run
+from tn.pairing import Pairing
 from tn.spec import ROWS
 
 if TYPE_CHECKING:
@@ -206,8 +206,7 @@ def _inner(p: Pairing, left: Axes, right: Axes, sizes: Mapping[str, int]) -> tup
     if p.kind == "multiply":
         return 0, 0
     if p.kind == "dot":
-        copies = sum(volume(order, sizes) for order in (left, right) if not is_run(order, p.contracted, sizes))
-        return copies, volume((*p.batch, *p.left, *p.right, *p.contracted), sizes)
+        return 0, volume((*p.batch, *p.left, *p.right, *p.contracted), sizes)
     copies = p.copy_left * volume(left, sizes) + p.copy_right * volume(right, sizes)
     return copies, volume((*p.batch, *p.left, *p.right), sizes) if p.batch_on == "operands" else 0
 
@@ -223,7 +222,7 @@ def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int
     result = whole * counted
     if p.kind == "multiply" or p.out == "strided":  # the result is there before its operands are copied
         return result + copies + inner
-    if p.out == "copy" or (p.kind == "dot" and not _alike(_natural(p, out), out, sizes)):
+    if p.out == "copy":
         return max(_made(copies, inner, whole), whole + result)
     return _made(copies, inner, result)
 
@@ -314,10 +313,8 @@ def _parts(plan: "Plan") -> list[int]:
 
 def _natural(p: Pairing, out: Axes) -> Axes:
     """The axes of a product in its own order."""
-    if p.kind == "multiply":
+    if p.kind in ("multiply", "dot"):
         return out
-    if p.kind == "dot":
-        return (*p.batch, *p.left, *p.right)
     outer, inner = (p.right, p.left) if p.swap else (p.left, p.right)
     return (*outer, *inner) if p.batch_on == "operands" else (*p.batch, *outer, *inner)
 

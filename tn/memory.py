@@ -7,6 +7,7 @@ run on autograd's tape, which lets go of what it kept earlier: there it is an up
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -121,6 +122,12 @@ class _Heap:
     def drop(self, *names: object) -> None:
         for name in names:
             self.now -= self.live.pop(name, 0)
+
+    def replace(self, name: object, size: int) -> None:
+        """What is made while that of the same name is still there."""
+        self.run(size)
+        self.drop(name)
+        self.add(name, size)
 
 
 def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
@@ -272,37 +279,63 @@ def _tiled(plan: "Plan") -> Memory:
     if not work.gradients:
         return Memory(0, first.peak, 0)
     spikes = forward(second, work.remade(()), ())
-    moved, after, ours, sums = [], [], set(), [work.first(t) for above, _, t in work.gradients if rowwise[above] and not rowwise[t]]
-    for above, other, target in work.gradients:
+    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), set()
+    moved = []
+    for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
-        counted = value >= work.count or target in parts
-        if not rowwise[above]:
-            after.append((above, other, target, counted))
-        elif not rowwise[target]:
-            counted = counted or sums.count(value) > 1
+        if not rowwise[target]:
             moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
-            second.add(("sum", target), sizes[target] * (counted or moves))
+            second.add(("gradient", target), sizes[target] * (gradients.counted(value) or moves))
             spikes.append(loop(_onto, above, other, target))
-            moved += [(target, counted)] if moves else []
+            moved.append((target, moves))
         elif value in ours:
-            spikes.append(add(above, other, target, counted))
+            spikes.append(add(above, other, target, True))
         else:
             ours.add(value)
             size = plan.itemsize * volume(order, plan.size if value < work.count else plan.step_size)
-            second.add(("gradient", value), size * counted)
+            second.add(("gradient", value), size * (value >= work.count or target in parts))
             spikes.append(loop(_into, above, other, target))
     second.run(max(spikes, default=0))
-    for target, counted in moved:  # what was added up, copied into its own order
-        second.run(sizes[target] * counted)
-        second.drop(("sum", target))
-        second.add(("sum", target), sizes[target] * counted)
-    for value in sorted(value for value in set(sums) if sums.count(value) > 1):  # sums of one tensor, added up
-        second.add(("gradient", value), sizes[value] * (value >= work.count or value in parts))
-        second.drop(("sum", value))
-    for above, other, target, counted in after:
-        second.run(make(above, other, target, counted))
-        second.add(("gradient", work.first(target)), sizes[target] * counted)
+    for target, moves in moved:  # what was added up, copied into its own order
+        if moves:
+            second.replace(("gradient", target), sizes[target] * gradients.counted(work.first(target)))
+        gradients.give(target)
+    for above, other, target in (turn for turn in work.gradients if not rowwise[turn[0]]):
+        value = work.first(target)
+        if value in gradients.ours:
+            second.run(add(above, other, target, True))
+        else:
+            counted = gradients.counted(value)
+            second.run(make(above, other, target, counted))
+            second.add(("gradient", target), sizes[target] * counted)
+            gradients.give(target)
+            gradients.ours.add(value)
     return Memory(0, first.peak, second.peak)
+
+
+class _WholeGradients:
+    """Gradients of values without rows behind a loop over tiles: several of one value are joined in a new tensor, or added to that one."""
+
+    def __init__(self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int]) -> None:
+        self.work, self.heap, self.sizes, self.parts = work, heap, sizes, parts
+        inside = Counter(work.first(target) for above, _, target in work.gradients if rowwise[above] and not rowwise[target])
+        behind = {work.first(target) for above, _, target in work.gradients if not rowwise[above]}
+        self.joins = {value: max(times - 1, int(value in behind)) for value, times in inside.items()}  # still to come
+        self.known: set[int] = set()
+        self.ours: set[int] = set()  # that steps add to
+
+    def counted(self, value: int) -> bool:
+        """Whether the next tensor for the gradient of a value is not the one that is returned."""
+        return value >= self.work.count or value in self.parts or self.joins.get(value, 0) > 0
+
+    def give(self, target: int) -> None:
+        """Take one of the gradients of a value."""
+        value = self.work.first(target)
+        if value in self.known:
+            self.joins[value] -= 1
+            self.heap.replace(("gradient", value), self.sizes[value] * self.counted(value))
+            self.ours.add(value)
+        self.known.add(value)
 
 
 def _parts(plan: "Plan") -> list[int]:

@@ -205,8 +205,10 @@ class Prices:
         size = _BYTES * elements
         seconds = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams) + self.fresh
         seconds += machine.traffic(size) + machine.traffic(size, new=True)
-        if large[-1:] in other and large[-1:] != other[-1:]:  # read against the grain
-            seconds += elements * machine.run
+        together = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(large), reversed(other), strict=False))
+        alone = itertools.takewhile(lambda atom: atom not in other, reversed(large))
+        run = max(self._product("".join(atom for atom, _ in together)), self._product("".join(alone)))  # elements before a stride changes
+        seconds += elements * machine.run * min(1.0, _SHORT / 2 / run)
         ends = [*itertools.takewhile(lambda atom: (atom in out) == (large[-1] in out), reversed(large))]
         if self._product("".join(ends)) < _SHORT:  # of what is summed or kept, little lies together
             seconds += elements * machine.run

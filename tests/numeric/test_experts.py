@@ -60,7 +60,7 @@ def test_only_chosen_experts_run(monkeypatch):
     moe(torch.randn(100, 64, dtype=F64))
     assert sum(rows) == 2 * 100 and len(rows) <= 5
     single = tn.structures.get("btt").build(64, 64).macs
-    assert tn.flops(moe, torch.randn(100, 64)) == 2 * 100 * (2 * single + 5 * 64)
+    assert tn.flops(moe, torch.randn(100, 64, dtype=F64)) == 2 * 100 * (2 * single + 5 * 64)
 
 
 def test_compiled_copied_and_pickled():

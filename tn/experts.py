@@ -64,9 +64,13 @@ class Experts:
         share = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(0) / self.active
         return self.count * (logits.softmax(-1).mean(0) * share).sum() + _BALANCE * logits.logsumexp(-1).square().mean()
 
+    def macs(self, gate: Tensor) -> int:
+        """Multiply-adds of a row: the gate and the experts that it uses."""
+        return self.active * macs(self.single) + gate.numel()
+
     def record(self, what: str, result: Tensor, rows: int, parameters: int, gate: Tensor) -> None:
         """Tell a trace what a row costs: the gate and the experts that it uses."""
-        work = 2 * rows * (self.active * macs(self.single) + gate.numel())
+        work = 2 * rows * self.macs(gate)
         sizes = {**self.single.sizes, self.axis: self.active, "...": rows}
         tracing.record(
             "contraction", f"{what} ({self.active} of {self.count})", sizes=sizes, result=result, flops=work, parameters=parameters

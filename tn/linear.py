@@ -80,8 +80,8 @@ class StructuredLinear(Contraction):
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if not positive(size):
                 raise StructureError(f"{what} is {size!r}, expected an integer ≥ 1")
-        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-            raise StructureError(f"dtype is {dtype}, expected a floating or complex one")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one")
         _check_init(init, std)
         family = structures.get(structure)
         options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
@@ -297,8 +297,9 @@ class StructuredLinear(Contraction):
         return algebra.multiply(self, other) if isinstance(other, StructuredLinear) else NotImplemented
 
     def convert(self, structure: str) -> "StructuredLinear":
-        """The same matrix and bias in a family that contains this one, exactly: block_diagonal → monarch → btt → einsum2, low_rank → btt or
-        blast, kronecker → tt, anything → dense. Raises StructureError naming the families that do."""
+        """The same matrix and bias in a family that contains this one, exactly, also by way of others: block_diagonal → monarch or blast,
+        monarch or low_rank → btt, low_rank → blast, btt ↔ btt_norm, kronecker → tt, btt or tt of two cores → einsum2, anything → dense.
+        Raises StructureError naming the families that do."""
         return algebra.convert(self, structure)
 
     @property

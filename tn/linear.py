@@ -240,9 +240,13 @@ class StructuredLinear(Contraction):
         >>> StructuredLinear.from_cores("btt", {"first": a, "second": c})
         StructuredLinear(12, 30, bias=False, structure='btt', rank=2, factors=((3, 4), (5, 6)))
         """
+        if not isinstance(cores, Mapping):
+            raise StructureError(f"cores is a {type(cores).__name__}, expected tensors by name")
         for name, core in cores.items():
             if not isinstance(core, Tensor):
                 raise StructureError(f"core {name!r} is a {type(core).__name__}, expected a torch.Tensor")
+        if len({core.dtype for core in cores.values()}) > 1:
+            raise StructureError(f"cores have the dtypes {', '.join(str(core.dtype) for core in cores.values())}, expected one")
         net = algebra.sizes_of(structure, cores)
         d_in, d_out = algebra.features(net)
         ins, outs, ranks = ([net.sizes[axis] for axis in axes] for axes in axes_of(net))
@@ -265,6 +269,10 @@ class StructuredLinear(Contraction):
         if bias is not None and bias.shape != layer.bias.shape:
             raise SizeError(f"bias has shape {tuple(bias.shape)}, expected ({layer.out_features},)")
         if permutation is not None:
+            if sorted(permutation.tolist()) != list(range(layer.in_features)):
+                raise StructureError(
+                    f"permutation is no order of the {layer.in_features} inputs: each of 0 to {layer.in_features - 1} once"
+                )
             layer.permutation.copy_(permutation)
         layer.set_cores(cores)
         if bias is not None:

@@ -302,6 +302,8 @@ def _check_matrices(chosen: Mapping[str, nn.Module]) -> None:
         if isinstance(layer, StructuredLinear):
             continue
         weight: Tensor = layer.weight  # type: ignore[assignment]
+        if nn.parameter.is_lazy(weight):
+            raise StructureError(f"layer {path!r} has no weight yet; call the model once before restructuring")
         expected = "a matrix" if is_conv1d(layer) else f"({layer.out_features}, {layer.in_features})"
         if weight.dim() != 2 or (not is_conv1d(layer) and features(layer) != weight.shape):
             raise StructureError(f"layer {path!r}: weight has shape {tuple(weight.shape)}, expected {expected}")

@@ -158,6 +158,8 @@ def test_experts_cost_what_a_row_uses():
 def test_a_layer_alone_is_told_what_to_do():
     with pytest.raises(tn.StructureError, match="a layer cannot replace itself"):
         tn.restructure(nn.Linear(4, 4), structure="btt")
+    with pytest.raises(tn.StructureError, match="layer '0' has no weight yet; call the model once"):
+        tn.restructure(nn.Sequential(nn.LazyLinear(4)), structure="btt", layers="all")
 
 
 def test_ranks_budgets_and_several_globs():

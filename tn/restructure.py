@@ -65,25 +65,33 @@ class Report:
 
     def __str__(self) -> str:
         timed = any(c.measured for c in self.changes)
-        head = f"{'layer':<40}{'parameters':>12} → {'':<12}{'kFLOP a row':>12} → {'':<10}{'predicted':>10}"
-        lines = [head + (f"{'measured':>10}" if timed else "") + f"{'error':>8}  now"]
+        head = f"{'layer':<40}{'parameters':>12} → {'':<12}{'kFLOP a row':>12} → {'':<10}{'predicted µs':>14} → {'':<9}"
+        lines = [head + (f"{'measured µs':>14} → {'':<9}" if timed else "") + f"{'error':>8}  now"]
         for c in self.changes:
             row = f"{c.path:<40}{c.parameters_before:>12,} → {c.parameters_after:<12,}"
-            row += f"{c.flops_before / 1e3:>12,.1f} → {c.flops_after / 1e3:<10,.1f}{_times(c.predicted):>10}"
-            row += f"{_times(c.measured):>10}" if timed else ""
+            row += f"{c.flops_before / 1e3:>12,.1f} → {c.flops_after / 1e3:<10,.1f}{_times(c.predicted)}"
+            row += _times(c.measured) if timed else ""
             lines.append(f"{row}{'' if c.error is None else f'{c.error:.3f}':>8}  {c.after}{f'  {c.note}' if c.note else ''}")
         totals = [
             sum(getattr(c, name) for c in self.changes) for name in ("parameters_before", "parameters_after", "flops_before", "flops_after")
         ]
         before, after, work_before, work_after = totals
         label = f"{len(self.changes)} layers"
-        lines.append(f"{label:<40}{before:>12,} → {after:<12,}{work_before / 1e3:>12,.1f} → {work_after / 1e3:<10,.1f}")
+        total = f"{label:<40}{before:>12,} → {after:<12,}{work_before / 1e3:>12,.1f} → {work_after / 1e3:<10,.1f}"
+        total += _times(_sum(c.predicted for c in self.changes))
+        total += _times(_sum(c.measured for c in self.changes if c.measured)) if timed else ""
+        lines.append(total.rstrip())
         return "\n".join(lines)
 
 
 def _times(pair: tuple[float, float] | None) -> str:
-    """How many times faster."""
-    return "" if pair is None or not pair[1] else f"{pair[0] / pair[1]:.2f} ×"
+    """Microseconds before and after."""
+    return f"{'':>26}" if pair is None else f"{pair[0] * 1e6:>14,.0f} → {pair[1] * 1e6:<9,.0f}"
+
+
+def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    before, after = zip((0.0, 0.0), *pairs, strict=True)
+    return sum(before), sum(after)
 
 
 def restructure(

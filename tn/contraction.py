@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tn import opaque, tracing
 from tn.errors import OperatorError, SpecError, unknown
 from tn.network import Network, network
+from tn.operators import usable
 from tn.plan import Plan
 from tn.planner import DEFAULT_ROWS, plan
 from tn.program import EinsumProgram, OperatorProgram, Program, autocast, fits_fast, program
@@ -156,7 +157,8 @@ class Contraction(nn.Module):
         self._slots = [name if name in self.network.cores else None for name in self.network.names]  # None: the next input
         self._programs: dict[tuple, Program | EinsumProgram] = {}
         self._lead = self._row_operand()
-        outer = {axis for name in self._inputs for axis in self.network.term(name).axes} | set(self.network.output.axes)
+        terms = (*map(self.network.term, self._inputs), *self.network.spec.outputs)
+        outer = {axis for term in terms for axis in term.axes}
         self._tiny = math.prod(size for axis, size in self.network.sizes.items() if axis in outer) <= _TINY
         self._cells = cells(self.network)
         kind = "triton" if self.backend == "triton" else "planned"
@@ -257,6 +259,11 @@ class Contraction(nn.Module):
             self._record(run.plan, operands, result)
         return result
 
+    def _shaped(self, rows: Tensor) -> Tensor:
+        """(..., outputs) in the stored shape of the output."""
+        dims = [dim for dim in self.network.output.dims if dim != (ROWS,)]
+        return rows.reshape(*rows.shape[:-1], *(math.prod(self.network.sizes[axis] for axis in dim) for dim in dims))
+
     def refresh(self) -> None:
         """Inside `tn.frozen` and `tn.accumulate`: forget merged cores, after a write through `.data`, which nothing can notice."""
         for kept in (self._merged, self._hoisted):
@@ -275,7 +282,8 @@ class Contraction(nn.Module):
     ) -> Program | EinsumProgram:
         wanted = [name for name, need in zip(self.network.names, grads or (), strict=False) if need]
         made = plan(self.network, grad=wanted, sizes=self._cells.sizes(segment), dtype=dtype, device=device)
-        return program(made, "plain" if backend == "planned" and grads is not None and self._tiny else backend)
+        plain = backend == "planned" and grads is not None and self._tiny and not usable(device)
+        return program(made, "plain" if plain else backend)
 
     def _record(self, used: Plan, operands: list[Tensor], result: Any) -> None:
         sizes = self.network.bind([t.shape for t in operands])

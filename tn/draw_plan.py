@@ -40,7 +40,7 @@ def boxes(plan: Plan) -> list[Box]:
     """Every SSA value as a box: operands left, each step right of its operands, the rows so that no lines cross.
 
     >>> from tn import network, plan
-    >>> [box.title for box in boxes(plan(network("x: ... i, a: i r, c: r o -> ... o", dict(i=8, r=2, o=8), cores=("a", "c")), rows=64))]
+    >>> [box.title for box in boxes(plan(network("x: ... i, a: i r, c: r o -> ... o", dict(i=64, r=2, o=64), cores=("a", "c")), rows=4096))]
     ['x', 'a', 'c', 'v3 = x · a', 'v4 = v3 · c']
     """
     net, count = plan.network, len(plan.leaves)

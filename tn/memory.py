@@ -7,13 +7,14 @@ run on autograd's tape, which lets go of what it kept earlier: there it is an up
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tn.cost import volume
 from tn.order import Axes, Path
-from tn.pairing import Pairing, is_run
+from tn.pairing import Pairing
 from tn.spec import ROWS
 
 if TYPE_CHECKING:
@@ -122,6 +123,12 @@ class _Heap:
         for name in names:
             self.now -= self.live.pop(name, 0)
 
+    def replace(self, name: object, size: int) -> None:
+        """What is made while that of the same name is still there."""
+        self.run(size)
+        self.drop(name)
+        self.add(name, size)
+
 
 def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
     """Memory of a program that takes all rows at once.
@@ -206,8 +213,7 @@ def _inner(p: Pairing, left: Axes, right: Axes, sizes: Mapping[str, int]) -> tup
     if p.kind == "multiply":
         return 0, 0
     if p.kind == "dot":
-        copies = sum(volume(order, sizes) for order in (left, right) if not is_run(order, p.contracted, sizes))
-        return copies, volume((*p.batch, *p.left, *p.right, *p.contracted), sizes)
+        return 0, volume((*p.batch, *p.left, *p.right, *p.contracted), sizes)
     copies = p.copy_left * volume(left, sizes) + p.copy_right * volume(right, sizes)
     return copies, volume((*p.batch, *p.left, *p.right), sizes) if p.batch_on == "operands" else 0
 
@@ -223,7 +229,7 @@ def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int
     result = whole * counted
     if p.kind == "multiply" or p.out == "strided":  # the result is there before its operands are copied
         return result + copies + inner
-    if p.out == "copy" or (p.kind == "dot" and not _alike(_natural(p, out), out, sizes)):
+    if p.out == "copy":
         return max(_made(copies, inner, whole), whole + result)
     return _made(copies, inner, result)
 
@@ -273,37 +279,63 @@ def _tiled(plan: "Plan") -> Memory:
     if not work.gradients:
         return Memory(0, first.peak, 0)
     spikes = forward(second, work.remade(()), ())
-    moved, after, ours, sums = [], [], set(), [work.first(t) for above, _, t in work.gradients if rowwise[above] and not rowwise[t]]
-    for above, other, target in work.gradients:
+    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), set()
+    moved = []
+    for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
-        counted = value >= work.count or target in parts
-        if not rowwise[above]:
-            after.append((above, other, target, counted))
-        elif not rowwise[target]:
-            counted = counted or sums.count(value) > 1
+        if not rowwise[target]:
             moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
-            second.add(("sum", target), sizes[target] * (counted or moves))
+            second.add(("gradient", target), sizes[target] * (gradients.counted(value) or moves))
             spikes.append(loop(_onto, above, other, target))
-            moved += [(target, counted)] if moves else []
+            moved.append((target, moves))
         elif value in ours:
-            spikes.append(add(above, other, target, counted))
+            spikes.append(add(above, other, target, True))
         else:
             ours.add(value)
             size = plan.itemsize * volume(order, plan.size if value < work.count else plan.step_size)
-            second.add(("gradient", value), size * counted)
+            second.add(("gradient", value), size * (value >= work.count or target in parts))
             spikes.append(loop(_into, above, other, target))
     second.run(max(spikes, default=0))
-    for target, counted in moved:  # what was added up, copied into its own order
-        second.run(sizes[target] * counted)
-        second.drop(("sum", target))
-        second.add(("sum", target), sizes[target] * counted)
-    for value in sorted(value for value in set(sums) if sums.count(value) > 1):  # sums of one tensor, added up
-        second.add(("gradient", value), sizes[value] * (value >= work.count or value in parts))
-        second.drop(("sum", value))
-    for above, other, target, counted in after:
-        second.run(make(above, other, target, counted))
-        second.add(("gradient", work.first(target)), sizes[target] * counted)
+    for target, moves in moved:  # what was added up, copied into its own order
+        if moves:
+            second.replace(("gradient", target), sizes[target] * gradients.counted(work.first(target)))
+        gradients.give(target)
+    for above, other, target in (turn for turn in work.gradients if not rowwise[turn[0]]):
+        value = work.first(target)
+        if value in gradients.ours:
+            second.run(add(above, other, target, True))
+        else:
+            counted = gradients.counted(value)
+            second.run(make(above, other, target, counted))
+            second.add(("gradient", target), sizes[target] * counted)
+            gradients.give(target)
+            gradients.ours.add(value)
     return Memory(0, first.peak, second.peak)
+
+
+class _WholeGradients:
+    """Gradients of values without rows behind a loop over tiles: several of one value are joined in a new tensor, or added to that one."""
+
+    def __init__(self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int]) -> None:
+        self.work, self.heap, self.sizes, self.parts = work, heap, sizes, parts
+        inside = Counter(work.first(target) for above, _, target in work.gradients if rowwise[above] and not rowwise[target])
+        behind = {work.first(target) for above, _, target in work.gradients if not rowwise[above]}
+        self.joins = {value: max(times - 1, int(value in behind)) for value, times in inside.items()}  # still to come
+        self.known: set[int] = set()
+        self.ours: set[int] = set()  # that steps add to
+
+    def counted(self, value: int) -> bool:
+        """Whether the next tensor for the gradient of a value is not the one that is returned."""
+        return value >= self.work.count or value in self.parts or self.joins.get(value, 0) > 0
+
+    def give(self, target: int) -> None:
+        """Take one of the gradients of a value."""
+        value = self.work.first(target)
+        if value in self.known:
+            self.joins[value] -= 1
+            self.heap.replace(("gradient", value), self.sizes[value] * self.counted(value))
+            self.ours.add(value)
+        self.known.add(value)
 
 
 def _parts(plan: "Plan") -> list[int]:
@@ -314,10 +346,8 @@ def _parts(plan: "Plan") -> list[int]:
 
 def _natural(p: Pairing, out: Axes) -> Axes:
     """The axes of a product in its own order."""
-    if p.kind == "multiply":
+    if p.kind in ("multiply", "dot"):
         return out
-    if p.kind == "dot":
-        return (*p.batch, *p.left, *p.right)
     outer, inner = (p.right, p.left) if p.swap else (p.left, p.right)
     return (*outer, *inner) if p.batch_on == "operands" else (*p.batch, *outer, *inner)
 

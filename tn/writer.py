@@ -192,9 +192,6 @@ class Writer:
             made = Value(name, order, memory)
             self.add(f"{call}, out={self.view(made, groups)})")
             return made
-        if p.kind == "dot":  # whose result takes the strides of its operands
-            self.add(f"{name} = {call}).contiguous()")
-            return Value(name, order, groups)
         self.add(f"{name} = {call})")
         made = Value(name, flat, groups)
         return made if flat == order or p.out == "native" else self.reorder(made, order, strided)

@@ -21,9 +21,9 @@ from tn.regions import TRAINED
 BTT = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=4, j=5, r=2, k=3, l=6), cores=("a", "c"))
 BILINEAR = tn.network("x: ... i, w: i o, x: ... j, v: j o -> ... o", dict(i=6, j=6, o=5), cores=("w", "v"))
 SQUARED = tn.network("q: b h s d, k: b h t d, q: b h s e, k: b h t e, v: b h t f -> b h s f", dict(b=2, h=2, s=20, t=20, d=18, e=18, f=5))
-PAIR = tn.network("q: b h s d, k: b h t d, p: b h s e, l: b h t e, v: b t h f -> b s h f", dict(b=2, h=2, s=20, t=18, d=16, e=16, f=5))
+PAIR = tn.network("q: b h s d, k: b h t d, p: b h s e, l: b h t e, v: b t h f -> b s h f", dict(b=2, h=2, s=40, t=38, d=16, e=16, f=5))
 ALONE = tn.network("q: s d, k: t d, q: s e, k: t e, v: t f -> s f", dict(s=20, t=20, d=18, e=18, f=5))
-SUMMED = tn.network("a: b m k, c: b k n -> m n", dict(b=7, m=4, k=5, n=3))
+SUMMED = tn.network("a: b m k, c: b k n -> m n", dict(b=64, m=32, k=32, n=32))
 
 
 def case_of(network, operator, **options):
@@ -58,9 +58,9 @@ NETWORKS = {
     "chain": (BTT, [(7, 20), BTT.shape("a"), BTT.shape("c")]),
     "gated": (BILINEAR, [(3, 2, 6), (6, 5), (6, 5)]),
     "squared_attention": (SQUARED, [(2, 2, 20, 18), (2, 2, 20, 18), (2, 2, 20, 5)]),
-    "squared_attention, two pairs": (PAIR, [(2, 2, 20, 16), (2, 2, 18, 16), (2, 2, 20, 16), (2, 2, 18, 16), (2, 18, 2, 5)]),
+    "squared_attention, two pairs": (PAIR, [(2, 2, 40, 16), (2, 2, 38, 16), (2, 2, 40, 16), (2, 2, 38, 16), (2, 38, 2, 5)]),
     "squared_attention, no batch": (ALONE, [(20, 18), (20, 18), (20, 5)]),
-    "batch_reduced_gemm": (SUMMED, [(7, 4, 5), (7, 5, 3)]),
+    "batch_reduced_gemm": (SUMMED, [(64, 32, 32), (64, 32, 32)]),
 }
 
 

@@ -80,6 +80,24 @@ def test_predicted_memory_is_what_runs_for_every_tree(path):
         assert measured(tn.compile(tiled), operands_for(tiled)) == (tiled.saved_bytes, tiled.peak_bytes)
 
 
+@pytest.mark.parametrize(
+    "net",
+    [
+        tn.network("x: ... i, a: i r, c: r j, y: ... k, a: k s, c: s l -> ... j l", dict(i=6, r=3, j=5, k=6, s=3, l=5)),
+        tn.network("x: ... i j k, w: i r, w: j s, w: k t -> ... r s t", dict(i=6, j=6, k=6, r=5, s=5, t=5)),
+        tn.network("x: ... i j, w: i r, w: j s, w: k r, z: k m -> ... s m", dict(i=6, j=6, k=6, r=5, s=5, m=4)),
+    ],
+    ids=["a product twice", "three times", "with rows and without"],
+)
+def test_predicted_memory_is_what_runs_for_tensors_used_again(net):
+    for grad in (net.names, net.names[1:2]):
+        for goal in ("time", "saved", "peak"):
+            plan = tn.plan(net, grad=grad, goal=goal, rows=300)
+            for tile in {plan.tile, 16}:
+                tiled = dataclasses.replace(plan, tile=tile)
+                assert measured(tn.compile(tiled), operands_for(tiled)) == (tiled.saved_bytes, tiled.peak_bytes)
+
+
 def test_memory_counts_the_size_of_an_element():
     plans = [tn.plan(NETWORKS["btt"], grad=("x", "a", "c"), goal="peak", rows=50, dtype=dtype) for dtype in (torch.float32, torch.float64)]
     assert plans[1].peak_bytes == 2 * plans[0].peak_bytes > 0

@@ -1,9 +1,10 @@
 """Replace the dense layers of a model by structured ones in one call, and back."""
 
+import contextlib
 import fnmatch
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from tn import structures
 from tn.errors import StructureError, TnError, unknown
 from tn.linear import StructuredLinear
 from tn.planner import plan
-from tn.projection import project
+from tn.projection import check_weight, project
 from tn.projection_ranks import spread
 from tn.replaceable import features, is_conv1d, is_linear, matrix, replace, roles
 from tn.saved_structure import remember
@@ -145,6 +146,9 @@ def restructure(
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
+    for path, layer in chosen.items() if init == "project" else ():  # all of them, before any work starts
+        with _named(path):
+            check_weight(matrix(layer))
     if init == "project" and budget is not None and match is None:
         if rank is not None:
             raise StructureError(f"budget={budget} chooses the ranks: leave out rank={rank}")
@@ -155,7 +159,7 @@ def restructure(
     built: dict[str, StructuredLinear] = {}
     errors: dict[str, float] = {}
     for path, layer in chosen.items():
-        try:
+        with _named(path):
             new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
             if init == "project":
                 shape: dict[str, Any] = {"structure": structure, "rank": new.rank, "factors": new.factors}
@@ -165,10 +169,17 @@ def restructure(
                     new.permutation.copy_(found.permutation)
                 errors[path] = found.error
                 _copy_bias(layer, new)
-        except TnError as error:
-            raise type(error)(f"layer {path!r}: {error}") from error
         built[path] = _frozen_as(layer, new)
     return _swap(model, chosen, built, errors, measure)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors raised inside name the layer."""
+    try:
+        yield
+    except TnError as error:
+        raise type(error)(f"layer {path!r}: {error}") from error
 
 
 def densify(model: nn.Module) -> Report:

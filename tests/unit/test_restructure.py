@@ -181,6 +181,7 @@ def test_ranks_budgets_and_several_globs():
     ("options", "damage", "message"),
     [
         (dict(init="project"), "nan", "layer '2': weight is nan at"),
+        (dict(init="project", budget=0.5), "nan", "layer '2': weight is nan at"),
         (dict(init="projekt"), None, "unknown init 'projekt': did you mean 'project'"),
         (dict(rank=99), None, "layer '0': low_rank rank 99 is more than 12"),
         (dict(inputs=[torch.zeros(1, 12)]), None, "inputs are for init='project'"),

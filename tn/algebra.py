@@ -82,6 +82,11 @@ def multiply(after: "StructuredLinear", before: "StructuredLinear") -> "Structur
             return build("kronecker", cores, **sizes)
         if after.structure == "tt":
             return build("tt", _joined(list(left), right, left), **sizes)
+    if after.structure == before.structure and after.structure in ("block_diagonal", "kronecker", "tt"):
+        raise StructureError(
+            f"{kinds[0]} @ {kinds[1]} is one where the factors between them are the same, without padding: the left layer's "
+            f"{after.factors[0]} of d_in and the right one's {before.factors[1]} of d_out; give factors="  # type: ignore[index]
+        )
     raise StructureError(
         f"{kinds[0]} @ {kinds[1]} is in no smaller family; use torch.nn.Sequential(right, left), or tn.project of the dense product"
     )
@@ -103,22 +108,41 @@ def _joined(names: list[str], right: Mapping[str, Tensor], left: Mapping[str, Te
 
 
 def convert(layer: "StructuredLinear", structure: str) -> "StructuredLinear":
-    """The same matrix and bias as a layer of a family that contains this one, exactly.
+    """The same matrix and bias as a layer of a family that contains this one, itself or by way of others, exactly.
 
     Raises:
         StructureError: a family that does not contain this one: `tn.project` finds the nearest member instead.
     """
-    family = structures.get(structure)
+    structures.get(structure)
+    build = type(layer).from_cores
     if structure == "dense":
-        return type(layer).from_cores("dense", {"weight": layer.to_dense().detach()}, bias=layer.bias)
-    if layer.structure not in family.contains:
-        candidates = [name for name in structures.names() if layer.structure in structures.get(name).contains]
+        return build("dense", {"weight": layer.to_dense().detach()}, bias=layer.bias)
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+    if structure == layer.structure:
+        return build(structure, _values(layer), bias=layer.bias, **sizes)
+    ways = _containments(layer.structure)
+    if structure not in ways:
         raise StructureError(
-            f"{structure} does not contain every {layer.structure} matrix; what does: {', '.join(['dense', *candidates])}. "
+            f"{structure} does not contain every {layer.structure} matrix; what does: {', '.join(['dense', *ways])}. "
             f"tn.project gives the nearest {structure}"
         )
-    cores = family.contains[layer.structure](layer.built, _values(layer))
-    return type(layer).from_cores(structure, cores, in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias)
+    for name in ways[structure]:
+        cores = structures.get(name).contains[layer.structure](layer.built, _values(layer))
+        layer = build(name, cores, bias=layer.bias, **sizes)
+    return layer
+
+
+def _containments(structure: str) -> dict[str, tuple[str, ...]]:
+    """family that contains a structure → the families to convert to, one after the other, fewest first."""
+    ways: dict[str, tuple[str, ...]] = {structure: ()}
+    queue = [structure]
+    for found in queue:
+        for name in structures.names():
+            if found in structures.get(name).contains and name not in ways:
+                ways[name] = (*ways[found], name)
+                queue.append(name)
+    del ways[structure]
+    return ways
 
 
 def sizes_of(structure: str, cores: Mapping[str, Tensor]) -> Network:

@@ -44,26 +44,33 @@ class Experts:
         return result, None if seen or not x.shape[0] else self._balance(logits, chosen)
 
     def _dispatched(self, x: Tensor, weights: Tensor, chosen: Tensor, cores: dict[str, Tensor]) -> Tensor:
+        """Expert after expert, added to the result in place: gathering all rows at once would touch four times as much new memory."""
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.count).tolist()
-        rows = order // self.active
-        places = {name: self.single.term(name).axes.index(self.axis) for name in cores}
-        parts = []
-        for expert, (part, size) in enumerate(zip(x[rows].split(counts), counts, strict=True)):
-            if size:
-                mine = (core.narrow(places[name], expert, 1) for name, core in cores.items())
-                parts.append(self.run(part, *mine))
-        weighed = torch.cat(parts) * weights.flatten()[order, None]
-        return weighed.new_zeros(len(x), weighed.shape[1]).index_add(0, rows, weighed)
+        rows, shares = (order // self.active).split(counts), weights.flatten().index_select(0, order).split(counts)
+        places = [self.single.term(name).axes.index(self.axis) for name in cores]
+        slices = [core.unbind(place) for core, place in zip(cores.values(), places, strict=True)]
+        result = None
+        for expert in (expert for expert, count in enumerate(counts) if count):
+            mine = [part[expert].contiguous().unsqueeze(place) for part, place in zip(slices, places, strict=True)]
+            part = self.run(x.index_select(0, rows[expert]), *mine) * shares[expert][:, None]
+            result = part.new_zeros(len(x), part.shape[1]) if result is None else result
+            result.index_add_(0, rows[expert], part)
+        assert result is not None
+        return result
 
     def _balance(self, logits: Tensor, chosen: Tensor) -> Tensor:
         """experts · ⟨share of probability, share of rows⟩ + 0.1 · mean logsumexp²."""
         share = torch.zeros_like(logits).scatter(-1, chosen, 1.0).mean(0) / self.active
         return self.count * (logits.softmax(-1).mean(0) * share).sum() + _BALANCE * logits.logsumexp(-1).square().mean()
 
+    def macs(self, gate: Tensor) -> int:
+        """Multiply-adds of a row: the gate and the experts that it uses."""
+        return self.active * macs(self.single) + gate.numel()
+
     def record(self, what: str, result: Tensor, rows: int, parameters: int, gate: Tensor) -> None:
         """Tell a trace what a row costs: the gate and the experts that it uses."""
-        work = 2 * rows * (self.active * macs(self.single) + gate.numel())
+        work = 2 * rows * self.macs(gate)
         sizes = {**self.single.sizes, self.axis: self.active, "...": rows}
         tracing.record(
             "contraction", f"{what} ({self.active} of {self.count})", sizes=sizes, result=result, flops=work, parameters=parameters

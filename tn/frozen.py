@@ -1,6 +1,7 @@
 """Evaluation with frozen weights: where one dense product is faster, the matrix is made once and kept."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -18,8 +19,10 @@ from tn.program import autocast
 from tn.segments import ROW_RANGES
 from tn.spec import ROWS
 
-_SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
-_CALLS = 4  # small operators' time that a contraction takes more than a product: checks, views, one call more
+_MOST = max(planned for _, planned in ROW_RANGES)
+# What a contraction takes beside one product and a table does not say, measured on 131 layers (LOG.md, 2026-11-20).
+_CALLS = 5  # small operators' time for each step that is no plain product: views, orders, a call
+_CROWDED = 1.3  # times as long as its prediction, where one large product keeps to its own
 
 
 class _Merged:
@@ -55,11 +58,10 @@ class _Merged:
                 return None
             self.held, self.matrices = Held(tensors), {}
         bias, rows = parameters["bias"], x.numel() // self.d_in
-        segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
-        key = (x.dtype, x.device, segment)
+        key = (x.dtype, x.device, rows.bit_length())
         wins = self.wins.get(key)
         if wins is None:
-            wins = self.wins[key] = self._wins(x, ROW_RANGES[segment][1])
+            wins = self.wins[key] = self._wins(x, min(1 << max(rows.bit_length() - 1, 0), _MOST))
         if not wins:
             return None
         found = self.matrices.get(x.dtype)
@@ -80,10 +82,12 @@ class _Merged:
         core = next(self.layer.parameters())
         if not x.is_floating_point() or (core.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type)):
             return False
-        contraction = plan(self.layer.network, rows=rows, dtype=x.dtype, device=x.device)
-        table = contraction.machine
+        planned = next(planned for below, planned in ROW_RANGES if rows < below)
+        runs = plan(self.layer.network, rows=planned, dtype=x.dtype, device=x.device)
+        table, calls = runs.machine, sum(step.pairing.kind != "mm" for step in runs.steps)
+        here = dataclasses.replace(runs, sizes=tuple({**runs.size, ROWS: rows}.items()))
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
-        return dense < contraction.seconds + _CALLS * table.element
+        return dense < _CROWDED * here.forward_seconds + (_CALLS * calls + 1) * table.element  # one more: the bias
 
     def _merge(self, dtype: torch.dtype) -> tuple[Tensor, torch.Size]:
         """What the layer makes of the identity, in at least fp32."""

@@ -80,8 +80,8 @@ class StructuredLinear(Contraction):
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if not positive(size):
                 raise StructureError(f"{what} is {size!r}, expected an integer ≥ 1")
-        if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
-            raise StructureError(f"dtype is {dtype}, expected a floating or complex one")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one")
         _check_init(init, std)
         family = structures.get(structure)
         options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
@@ -240,9 +240,13 @@ class StructuredLinear(Contraction):
         >>> StructuredLinear.from_cores("btt", {"first": a, "second": c})
         StructuredLinear(12, 30, bias=False, structure='btt', rank=2, factors=((3, 4), (5, 6)))
         """
+        if not isinstance(cores, Mapping):
+            raise StructureError(f"cores is a {type(cores).__name__}, expected tensors by name")
         for name, core in cores.items():
             if not isinstance(core, Tensor):
                 raise StructureError(f"core {name!r} is a {type(core).__name__}, expected a torch.Tensor")
+        if len({core.dtype for core in cores.values()}) > 1:
+            raise StructureError(f"cores have the dtypes {', '.join(str(core.dtype) for core in cores.values())}, expected one")
         net = algebra.sizes_of(structure, cores)
         d_in, d_out = algebra.features(net)
         ins, outs, ranks = ([net.sizes[axis] for axis in axes] for axes in axes_of(net))
@@ -265,6 +269,10 @@ class StructuredLinear(Contraction):
         if bias is not None and bias.shape != layer.bias.shape:
             raise SizeError(f"bias has shape {tuple(bias.shape)}, expected ({layer.out_features},)")
         if permutation is not None:
+            if sorted(permutation.tolist()) != list(range(layer.in_features)):
+                raise StructureError(
+                    f"permutation is no order of the {layer.in_features} inputs: each of 0 to {layer.in_features - 1} once"
+                )
             layer.permutation.copy_(permutation)
         layer.set_cores(cores)
         if bias is not None:
@@ -297,8 +305,9 @@ class StructuredLinear(Contraction):
         return algebra.multiply(self, other) if isinstance(other, StructuredLinear) else NotImplemented
 
     def convert(self, structure: str) -> "StructuredLinear":
-        """The same matrix and bias in a family that contains this one, exactly: block_diagonal → monarch → btt → einsum2, low_rank → btt or
-        blast, kronecker → tt, anything → dense. Raises StructureError naming the families that do."""
+        """The same matrix and bias in a family that contains this one, exactly, also by way of others: block_diagonal → monarch or blast,
+        monarch or low_rank → btt, low_rank → blast, btt ↔ btt_norm, kronecker → tt, btt or tt of two cores → einsum2, anything → dense.
+        Raises StructureError naming the families that do."""
         return algebra.convert(self, structure)
 
     @property

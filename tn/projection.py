@@ -92,7 +92,7 @@ def project(
     >>> project(weight, structure="kronecker", factors=((3, 6), (4, 5))).error < 1e-6
     True
     """
-    _check_weight(weight)
+    check_weight(weight)
     out_features, in_features = weight.shape
     family = structures.get(structure)
     options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
@@ -182,7 +182,8 @@ def _dense(built: Built, cores: Mapping[str, Tensor]) -> Tensor:
     return layer.to_dense().detach()
 
 
-def _check_weight(weight: object) -> None:
+def check_weight(weight: object) -> None:
+    """Raise ProjectionError unless this is a matrix that can be projected."""
     if not isinstance(weight, Tensor):
         raise ProjectionError(f"weight is a {type(weight).__name__}, expected a torch.Tensor of shape (out, in)")
     if weight.dim() != 2 or 0 in weight.shape:

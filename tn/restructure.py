@@ -1,9 +1,10 @@
 """Replace the dense layers of a model by structured ones in one call, and back."""
 
+import contextlib
 import fnmatch
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from tn import structures
 from tn.errors import StructureError, TnError, unknown
 from tn.linear import StructuredLinear
-from tn.projection import project
+from tn.planner import plan
+from tn.projection import check_weight, project
 from tn.projection_ranks import spread
 from tn.replaceable import features, is_conv1d, is_linear, matrix, replace, roles
 from tn.saved_structure import remember
-from tn.structures.registry import Built, Factors, Options, Rank
+from tn.structures.registry import Factors, Options, Rank, positive
 
 # torch modules that use the `weight` of their linear children without calling them
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -29,6 +31,7 @@ _GROUPS: dict[str, Callable[[str | None], bool]] = {
     "attn": lambda role: role is not None and role.startswith("attention."),
     "head": lambda role: role == "head",
 }
+_ROWS = 128  # of the forward passes that old and new layers are compared by
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
@@ -38,8 +41,8 @@ class Change:
 
     Attributes:
         path: where. before, after: its repr. parameters_before, parameters_after; flops_before, flops_after: a row, 2 a multiply-add.
-        predicted: the plan's seconds of a training step of 1024 rows, before and after. measured: seconds forward, before and after, None
-        where not asked for. error: relative distance of a projected matrix from the old one, None where drawn anew. note: of the family.
+        predicted, measured: seconds of a forward pass without gradients, before and after, of as many rows; measured is None where that
+        was not asked for. error: relative distance of a projected matrix from the old one, None where drawn anew. note: of the family.
     """
 
     path: str
@@ -63,25 +66,33 @@ class Report:
 
     def __str__(self) -> str:
         timed = any(c.measured for c in self.changes)
-        head = f"{'layer':<40}{'parameters':>12} → {'':<12}{'kFLOP a row':>12} → {'':<10}{'predicted':>10}"
-        lines = [head + (f"{'measured':>10}" if timed else "") + f"{'error':>8}  now"]
+        head = f"{'layer':<40}{'parameters':>12} → {'':<12}{'kFLOP a row':>12} → {'':<10}{'predicted µs':>14} → {'':<9}"
+        lines = [head + (f"{'measured µs':>14} → {'':<9}" if timed else "") + f"{'error':>8}  now"]
         for c in self.changes:
             row = f"{c.path:<40}{c.parameters_before:>12,} → {c.parameters_after:<12,}"
-            row += f"{c.flops_before / 1e3:>12,.1f} → {c.flops_after / 1e3:<10,.1f}{_times(c.predicted):>10}"
-            row += f"{_times(c.measured):>10}" if timed else ""
+            row += f"{c.flops_before / 1e3:>12,.1f} → {c.flops_after / 1e3:<10,.1f}{_times(c.predicted)}"
+            row += _times(c.measured) if timed else ""
             lines.append(f"{row}{'' if c.error is None else f'{c.error:.3f}':>8}  {c.after}{f'  {c.note}' if c.note else ''}")
         totals = [
             sum(getattr(c, name) for c in self.changes) for name in ("parameters_before", "parameters_after", "flops_before", "flops_after")
         ]
         before, after, work_before, work_after = totals
         label = f"{len(self.changes)} layers"
-        lines.append(f"{label:<40}{before:>12,} → {after:<12,}{work_before / 1e3:>12,.1f} → {work_after / 1e3:<10,.1f}")
+        total = f"{label:<40}{before:>12,} → {after:<12,}{work_before / 1e3:>12,.1f} → {work_after / 1e3:<10,.1f}"
+        total += _times(_sum(c.predicted for c in self.changes))
+        total += _times(_sum(c.measured for c in self.changes if c.measured)) if timed else ""
+        lines.append(total.rstrip())
         return "\n".join(lines)
 
 
 def _times(pair: tuple[float, float] | None) -> str:
-    """How many times faster."""
-    return "" if pair is None or not pair[1] else f"{pair[0] / pair[1]:.2f} ×"
+    """Microseconds before and after."""
+    return f"{'':>26}" if pair is None else f"{pair[0] * 1e6:>14,.0f} → {pair[1] * 1e6:<9,.0f}"
+
+
+def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    before, after = zip((0.0, 0.0), *pairs, strict=True)
+    return sum(before), sum(after)
 
 
 def restructure(
@@ -100,7 +111,7 @@ def restructure(
     init: str = "scratch",
     permute: bool = False,
     inputs: Iterable[Any] | None = None,
-    measure: int | None = None,
+    measure: int | None = _ROWS,
 ) -> Report:
     """Replace linear layers in place by structured ones of the same sizes. All or nothing.
 
@@ -116,7 +127,7 @@ def restructure(
         permute: for init="project": also search for an order of each layer's inputs (see `tn.project`).
         inputs: for init="project": batches the model is called with (a tensor, a tuple or a dict of arguments); each layer is then
             projected for the inputs it sees there.
-        measure: rows to time old and new layers at, forward; None: only predicted.
+        measure: rows to time old and new layers at, forward, each pair of layers that are alike once; None: only predict.
 
     Returns:
         A Report of what changed.
@@ -128,11 +139,16 @@ def restructure(
     structures.get(structure)
     if init not in ("scratch", "project"):
         raise StructureError(unknown("init", init, ("scratch", "project")))
+    if measure is not None and not positive(measure):
+        raise StructureError(f"measure is {measure!r}, expected a number of rows ≥ 1, or None")
     if (inputs is not None or permute) and init != "project":
         raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
+    for path, layer in chosen.items() if init == "project" else ():  # all of them, before any work starts
+        with _named(path):
+            check_weight(matrix(layer))
     if init == "project" and budget is not None and match is None:
         if rank is not None:
             raise StructureError(f"budget={budget} chooses the ranks: leave out rank={rank}")
@@ -143,7 +159,7 @@ def restructure(
     built: dict[str, StructuredLinear] = {}
     errors: dict[str, float] = {}
     for path, layer in chosen.items():
-        try:
+        with _named(path):
             new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
             if init == "project":
                 shape: dict[str, Any] = {"structure": structure, "rank": new.rank, "factors": new.factors}
@@ -153,10 +169,17 @@ def restructure(
                     new.permutation.copy_(found.permutation)
                 errors[path] = found.error
                 _copy_bias(layer, new)
-        except TnError as error:
-            raise type(error)(f"layer {path!r}: {error}") from error
         built[path] = _frozen_as(layer, new)
     return _swap(model, chosen, built, errors, measure)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors raised inside name the layer."""
+    try:
+        yield
+    except TnError as error:
+        raise type(error)(f"layer {path!r}: {error}") from error
 
 
 def densify(model: nn.Module) -> Report:
@@ -270,6 +293,8 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
             raise StructureError(f"layers is {layers!r}, expected one of {', '.join(_GROUPS)}, globs over paths, or a predicate")
         globs = list(layers)
         for glob in globs:
+            if not isinstance(glob, str):
+                raise StructureError(f"layers has {glob!r} in it, expected globs over paths such as 'blocks.*.mlp.*'")
             if not any(fnmatch.fnmatchcase(path, glob) for path in linear):
                 raise StructureError(unknown("layer", glob, linear))
         chosen = {path: m for path, m in linear.items() if any(fnmatch.fnmatchcase(path, glob) for glob in globs)}
@@ -280,9 +305,27 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     else:
         raise StructureError(unknown("layers", layers, _GROUPS))
     if not chosen:
+        if is_linear(model):
+            raise StructureError(
+                "a layer cannot replace itself: give restructure the model that holds it, or take tn.project of its weight"
+            )
         raise StructureError(f"layers={layers!r} matches none of the {len(linear)} linear layers: {', '.join(list(linear)[:8])}")
     _check_owned(model, chosen)
+    _check_matrices(chosen)
     return chosen
+
+
+def _check_matrices(chosen: Mapping[str, nn.Module]) -> None:
+    """Raise StructureError for a layer whose weight is no matrix of its features."""
+    for path, layer in chosen.items():
+        if isinstance(layer, StructuredLinear):
+            continue
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if nn.parameter.is_lazy(weight):
+            raise StructureError(f"layer {path!r} has no weight yet; call the model once before restructuring")
+        expected = "a matrix" if is_conv1d(layer) else f"({layer.out_features}, {layer.in_features})"
+        if weight.dim() != 2 or (not is_conv1d(layer) and features(layer) != weight.shape):
+            raise StructureError(f"layer {path!r}: weight has shape {tuple(weight.shape)}, expected {expected}")
 
 
 def _check_owned(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
@@ -309,43 +352,53 @@ def _check_owned(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 def _swap(
     model: nn.Module, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], errors: Mapping[str, float], measure: int | None
 ) -> Report:
-    changes = [_change(path, old[path], new[path], errors.get(path), measure) for path in new]
+    times: dict[tuple, tuple[float, float] | None] = {}
+    changes = [_change(path, old[path], new[path], errors.get(path), measure, times) for path in new]
     for path in new:
         replace(model, path, old[path], new[path])
     remember(model)
     return Report(tuple(changes))
 
 
-def _change(path: str, old: nn.Module, new: nn.Module, error: float | None, measure: int | None) -> Change:
-    before, after = _built(old), _built(new)
+def _change(path: str, old: nn.Module, new: nn.Module, error: float | None, measure: int | None, times: dict) -> Change:
+    (work_before, seconds_before), (work_after, seconds_after) = (_cost(layer, measure or _ROWS) for layer in (old, new))
+    parameter = next(new.parameters())
+    alike = (repr(old), repr(new), parameter.dtype, parameter.device)
+    if alike not in times:
+        times[alike] = _measured(old, new, measure) if measure and not parameter.is_meta else None
     return Change(
         path=path,
         before=repr(old),
         after=repr(new),
         parameters_before=sum(p.numel() for p in old.parameters()),
         parameters_after=sum(p.numel() for p in new.parameters()),
-        flops_before=2 * before.macs,
-        flops_after=2 * after.macs,
-        predicted=(structures.cost(before, "time"), structures.cost(after, "time")),
-        measured=_measured(old, new, measure) if measure else None,
+        flops_before=2 * work_before,
+        flops_after=2 * work_after,
+        predicted=(seconds_before, seconds_after),
+        measured=times[alike],
         error=error,
         note=new.note if isinstance(new, StructuredLinear) else "",
     )
 
 
-def _built(layer: nn.Module) -> Built:
+def _cost(layer: nn.Module, rows: int) -> tuple[int, float]:
+    """(multiply-adds a row, predicted seconds of a forward pass) of a linear layer."""
+    parameter = next(layer.parameters())
+    how: dict[str, Any] = dict(dtype=parameter.dtype, device=parameter.device)
+    if isinstance(layer, StructuredLinear) and layer.experts is not None:
+        return layer.experts.macs(layer.gate), plan(layer.experts.single, rows=layer.experts.active * rows, **how).forward_seconds
     if isinstance(layer, StructuredLinear):
-        return layer.built
-    d_out, d_in = features(layer)
-    return structures.get("dense").build(d_in, d_out)
+        built = layer.built
+    else:
+        d_out, d_in = features(layer)
+        built = structures.get("dense").build(d_in, d_out)
+    return built.macs, plan(built.network, rows=rows, **how).forward_seconds
 
 
-def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float] | None:
-    """Median seconds of a forward pass of both, taken in turns."""
+def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float]:
+    """Median seconds of a forward pass of both, taken in turns; hooks are not called, and the random state stays."""
     parameter = next(new.parameters())
-    if parameter.is_meta:
-        return None
-    x = torch.randn(rows, features(new)[1], device=parameter.device, dtype=parameter.dtype)
+    x = torch.linspace(-1, 1, rows * features(new)[1], device=parameter.device, dtype=parameter.dtype).reshape(rows, -1)
     samples: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for turn in range(6):
@@ -353,9 +406,11 @@ def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float] 
                 if x.is_cuda:
                     torch.cuda.synchronize()
                 begun = time.perf_counter()
-                layer(x)
+                layer.forward(x)
                 if x.is_cuda:
                     torch.cuda.synchronize()
                 if turn:
                     times.append(time.perf_counter() - begun)
+    if isinstance(new, StructuredLinear):
+        new._balance = None  # of a pass that its model did not make
     return statistics.median(samples[0]), statistics.median(samples[1])

@@ -175,6 +175,8 @@ def test_products_stay_in_their_family():
     assert torch.allclose((narrow @ wide).to_dense(), narrow.to_dense() @ wide.to_dense())
     with pytest.raises(tn.StructureError, match="btt @ btt is in no smaller family"):
         pair("btt")[0] @ pair("btt")[1]
+    with pytest.raises(tn.StructureError, match=r"the left layer's \(4, 4\) of d_in and the right one's \(2, 8\) of d_out; give factors="):
+        tn.StructuredLinear(16, 16, structure="tt") @ tn.StructuredLinear(16, 16, structure="tt", factors=((4, 4), (2, 8)))
     with pytest.raises(tn.StructureError, match="takes 16 features, the right one gives 64"):
         pair("btt")[1] @ pair("btt")[0]
 
@@ -182,7 +184,9 @@ def test_products_stay_in_their_family():
 @pytest.mark.parametrize(
     ("source", "target"),
     [("monarch", "btt"), ("monarch of many blocks", "btt"), ("low_rank", "btt"), ("low_rank", "blast"), ("kronecker", "tt"),
-     ("kronecker of 3 cores", "tt"), ("block_diagonal", "monarch"), ("btt", "einsum2"), *((case, "dense") for case in CASES)],
+     ("kronecker of 3 cores", "tt"), ("block_diagonal", "monarch"), ("block_diagonal", "blast"), ("block_diagonal", "btt"),
+     ("btt", "einsum2"), ("tt", "einsum2"), ("kronecker", "einsum2"), ("low_rank", "einsum2"), ("btt", "btt_norm"), ("btt_norm", "btt"),
+     ("btt of 3 cores", "btt_norm"), ("tt", "tt"), *((case, "dense") for case in CASES)],
 )  # fmt: skip
 @pytest.mark.parametrize("sizes", [(12, 18), (18, 13)], ids=str)
 def test_exact_conversions(source, target, sizes):
@@ -198,6 +202,8 @@ def test_exact_conversions(source, target, sizes):
 def test_conversions_that_are_not_exact_are_refused_by_name():
     with pytest.raises(tn.StructureError, match="low_rank does not contain every monarch matrix; what does: dense, btt"):
         make("monarch").convert("low_rank")
+    with pytest.raises(tn.StructureError, match="einsum2 has two cores, this tt has 3"):
+        make("tt of 3 cores").convert("einsum2")
 
 
 def test_clamp_never_lets_a_core_grow_past_its_start():
@@ -269,3 +275,10 @@ def test_from_cores_checks_sizes_and_bias():
         tn.StructuredLinear.from_cores("low_rank", cores, bias=torch.ones(5))
     with pytest.raises(tn.StructureError, match="core 'first' is a list"):
         tn.StructuredLinear.from_cores("low_rank", {**cores, "first": [[1.0]]})
+    with pytest.raises(tn.StructureError, match="cores is a list, expected tensors by name"):
+        tn.StructuredLinear.from_cores("low_rank", list(cores.values()))
+    with pytest.raises(tn.StructureError, match="cores have the dtypes torch.float32, torch.float64, expected one"):
+        tn.StructuredLinear.from_cores("low_rank", {**cores, "second": cores["second"].double()})
+    for order in ([0, 1], [0, 0, 2], [0, 1, 3]):
+        with pytest.raises(tn.StructureError, match="permutation is no order of the 3 inputs: each of 0 to 2 once"):
+            tn.StructuredLinear.from_cores("low_rank", cores, permutation=torch.tensor(order))

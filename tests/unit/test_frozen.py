@@ -65,6 +65,20 @@ def test_every_way_of_changing_a_core_is_noticed():
         assert merged(layer) is not before
 
 
+@pytest.mark.parametrize(
+    ("width", "rank", "rows", "one"),
+    [(512, 1, 1, True), (512, 1, 16, False), (512, 4, 1, True), (512, 4, 64, False), (512, 16, 16, True), (1024, 1, 1, False),
+     (1024, 4, 16, False), (1024, 16, 1, True), (1024, 16, 16, True)],
+)  # fmt: skip
+def test_one_product_runs_where_it_was_measured_to_be_faster(width, rank, rows, one):
+    """Layers timed both ways, 1.3 to 3 times apart (LOG.md, 2026-11-20); many small calls cost more than their arithmetic."""
+    layer = tn.StructuredLinear(width, width, structure="btt", rank=rank).eval()
+    with torch.no_grad(), tn.frozen(layer):
+        layer(torch.zeros(2000, width))  # what is decided for other numbers of rows does not count
+        layer(torch.zeros(rows, width))
+        assert layer._merged.wins[torch.float32, torch.device("cpu"), rows.bit_length()] is one
+
+
 def test_gradients_and_training_mode_see_the_cores():
     layer, x = layer_of(rank=6), torch.randn(3, 64)
     with tn.frozen(layer):

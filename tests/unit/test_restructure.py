@@ -127,6 +127,41 @@ def test_report_says_what_changed():
     assert change.measured[0] > 0 and change.predicted[1] > 0
 
 
+def test_times_are_of_equal_passes_and_taken_without_side_effects():
+    model, calls = mlp(), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    state = torch.get_rng_state()
+    report = tn.restructure(model, structure="btt", layers=["0"])
+    assert not calls and torch.equal(torch.get_rng_state(), drawn_after(state))
+    (change,) = report.changes
+    plans = (tn.StructuredLinear(12, 16).network, model[0].network)
+    assert change.predicted == tuple(tn.plan(net, rows=128).forward_seconds for net in plans)
+    assert all(seconds > 0 for seconds in change.measured)
+    assert tn.restructure(mlp(), structure="btt", measure=None).changes[0].measured is None
+
+
+def drawn_after(state: torch.Tensor) -> torch.Tensor:
+    """The random state when the one new layer of these sizes was made."""
+    torch.set_rng_state(state)
+    tn.StructuredLinear(12, 16, structure="btt")
+    return torch.get_rng_state()
+
+
+def test_experts_cost_what_a_row_uses():
+    model = nn.Sequential(nn.Linear(64, 64))
+    (change,) = tn.restructure(model, structure="btt_moe", rank=8, layers="all").changes
+    with pytest.raises(tn.StructureError, match="no gated layer .* has run"):  # timing it was no pass of the model
+        tn.balance_loss(model)
+    assert change.flops_after == tn.flops(model, torch.zeros(1, 64)) == 2 * (2 * 1024 + 8 * 64)
+
+
+def test_a_layer_alone_is_told_what_to_do():
+    with pytest.raises(tn.StructureError, match="a layer cannot replace itself"):
+        tn.restructure(nn.Linear(4, 4), structure="btt")
+    with pytest.raises(tn.StructureError, match="layer '0' has no weight yet; call the model once"):
+        tn.restructure(nn.Sequential(nn.LazyLinear(4)), structure="btt", layers="all")
+
+
 def test_ranks_budgets_and_several_globs():
     model = mlp()
     tn.restructure(model, structure="low_rank", rank={"0": 2, "*": 3}, layers=["0", "[24]"])
@@ -146,17 +181,24 @@ def test_ranks_budgets_and_several_globs():
     ("options", "damage", "message"),
     [
         (dict(init="project"), "nan", "layer '2': weight is nan at"),
+        (dict(init="project", budget=0.5), "nan", "layer '2': weight is nan at"),
         (dict(init="projekt"), None, "unknown init 'projekt': did you mean 'project'"),
         (dict(rank=99), None, "layer '0': low_rank rank 99 is more than 12"),
         (dict(inputs=[torch.zeros(1, 12)]), None, "inputs are for init='project'"),
         (dict(blocks=2), None, "low_rank takes only rank, got blocks=2"),
+        (dict(), "shape", "layer '2': weight has shape (5, 7), expected (16, 16)"),
+        (dict(init="project"), "dims", "layer '2': weight has shape (2, 3, 4), expected (16, 16)"),
+        (dict(layers=["0", 3]), None, "layers has 3 in it, expected globs over paths"),
+        (dict(measure=0), None, "measure is 0, expected a number of rows ≥ 1, or None"),
     ],
 )
 def test_all_or_nothing(options, damage, message):
     model = mlp()
-    if damage:
+    if damage == "nan":
         with torch.no_grad():
             model[2].weight[3, 4] = float("nan")
+    elif damage:
+        model[2].weight = nn.Parameter(torch.ones((5, 7) if damage == "shape" else (2, 3, 4)))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(tn.TnError) as error:
         tn.restructure(model, structure="low_rank", **options)

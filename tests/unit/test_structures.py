@@ -53,6 +53,8 @@ def test_repr_is_a_constructor_call():
         (dict(structure="low_rank", factors=((2, 3), (2, 4))), "low_rank takes only rank, got factors"),
         (dict(structure="btt", factors=((2, 3), (2, 4))), "make 6, less than 12"),
         (dict(structure="btt", factors=((2, 3, 2), (2, 4))), "btt takes 3 positive factors of d_out"),
+        (dict(structure="btt", dtype=torch.int8), "dtype is torch.int8, expected a floating or complex one"),
+        (dict(structure="btt", dtype="float32"), "dtype is 'float32', expected a floating or complex one"),
     ],
 )
 def test_refusals(kwargs, message):

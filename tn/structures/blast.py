@@ -44,6 +44,16 @@ def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor
     return {"right": first[None], "mix": torch.ones_like(first[:1])[None], "left": second[None]}
 
 
+def from_block_diagonal(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The blocks' own factors, and a diagonal that is zero off the blocks: one on the narrower side, the matrix on the other."""
+    weight = cores["weight"]  # (b, i, o)
+    count, i, o = weight.shape
+    eye = torch.eye(min(i, o), dtype=weight.dtype, device=weight.device).expand(count, -1, -1)
+    right, left = (eye, weight) if i <= o else (weight, eye)
+    mix = torch.eye(count, dtype=weight.dtype, device=weight.device)[:, :, None].expand(-1, -1, min(i, o))
+    return {"right": right, "mix": mix, "left": left}
+
+
 def start(built: Built, weight: Tensor, white: Tensor | None) -> dict[str, Tensor]:
     """The nearest matrix of the same rank: a BLAST whose diagonals are all one."""
     s = built.network.sizes
@@ -61,7 +71,7 @@ register(
         rank=default_rank,
         full=lambda factors: min(math.prod(factors[0]), math.prod(factors[1])),
         takes=("rank", "factors", "blocks"),
-        contains={"low_rank": from_low_rank},
+        contains={"low_rank": from_low_rank, "block_diagonal": from_block_diagonal},
         start=start,
     )
 )

@@ -73,6 +73,11 @@ def from_low_rank(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor
     return {"first": first.reshape(1, d_in, r, 1), "second": second.reshape(1, 1, r, d_out)}
 
 
+def same(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """btt and btt_norm have the same matrices; gains make up for what a clamp divides by."""
+    return dict(cores)
+
+
 register(
     Structure(
         name="btt",
@@ -81,7 +86,7 @@ register(
         factors=default_factors,
         rank=lambda factors, options: 1,
         takes=("rank", "factors", "cores"),
-        contains={"monarch": from_monarch, "low_rank": from_low_rank},
+        contains={"monarch": from_monarch, "low_rank": from_low_rank, "btt_norm": same},
     )
 )
 register(
@@ -93,5 +98,6 @@ register(
         rank=lambda factors, options: 1,
         takes=("rank", "factors", "cores"),
         clamped=True,
+        contains={"btt": same},
     )
 )

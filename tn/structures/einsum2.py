@@ -108,6 +108,14 @@ def from_btt(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"first": first.permute(0, 1, 3, 2).unsqueeze(3), "second": second.permute(1, 0, 3, 2).unsqueeze(1)}
 
 
+def from_tt(built: Built, cores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor train of two cores is the point where g and f have size one; its second core works on the fast axes."""
+    if len(cores) != 2:
+        raise StructureError(f"einsum2 has two cores, this tt has {len(cores)}")
+    first, second = cores["first"], cores["second"]  # (i, k, r), (r, j, l)
+    return {"first": second.permute(1, 2, 0)[None, :, None], "second": first[None, :, None]}
+
+
 register(
     Structure(
         name="einsum2",
@@ -117,6 +125,6 @@ register(
         rank=default_rank,
         takes=("rank", "factors", "theta"),
         note=note,
-        contains={"btt": from_btt},
+        contains={"btt": from_btt, "tt": from_tt},
     )
 )

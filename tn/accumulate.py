@@ -242,7 +242,15 @@ class _Block:
         pairs = [(leaf.made, leaf.tensor.grad) for leaf in leaves if leaf.tensor.grad is not None]
         if pairs:
             made, gradients = zip(*pairs, strict=True)
-            torch.autograd.backward(made, gradients)
+            needed = [core for leaf in leaves for core, need in zip(leaf.cores, leaf.needs, strict=True) if need]
+            frozen = [core for core in needed if not core.requires_grad]  # since then: what was gathered before counts
+            for core in frozen:
+                core.requires_grad_(True)
+            try:
+                torch.autograd.backward(made, gradients)
+            finally:
+                for core in frozen:
+                    core.requires_grad_(False)
 
     def close(self) -> None:
         """Let go of the layers and of what still waits."""

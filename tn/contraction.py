@@ -72,8 +72,7 @@ class _Compiled:
             run, self.refusal = program(plan, "planned"), str(error)
         assert isinstance(run, Program)
         self.plain, self.source = run.plain, run.plain_source + (run.fast_source if run.fast else "")
-        alone = set(run.plan.saved).isdisjoint(map(run.plan.first, run.plan.results))  # an operator may not return a tensor twice
-        self.key = opaque.register(run) if run.fast and alone else ""
+        self.key = opaque.register(run) if run.fast and run.apart else ""  # an operator may not return a tensor twice
         self.outputs = run.outputs
         self.woven = run if isinstance(run, OperatorProgram) else None
         if self.woven is not None:
@@ -98,7 +97,7 @@ class Contraction(nn.Module):
         sizes: axis → size; every axis of a core must have one.
         cores: names of the trainable tensors in the order they are applied. The other operands are inputs of `forward`, in spec order.
         bias: add a vector to the last stored dimension of the output.
-        zero_init: start with the last core at zero, so that the layer first gives zero.
+        zero_init: start with the last core of every output at zero, so that the layer first gives zero.
         device, dtype: of the parameters.
         backend: "planned": torch, and kernels where the machine table has them measured faster. "einsum": the readable reference. "triton":
             kernels for every step; a call that they cannot run raises OperatorError with every reason.
@@ -146,6 +145,8 @@ class Contraction(nn.Module):
         self.reset_parameters()
 
     def _bias_size(self) -> int:
+        if len(self.network.parts) > 1:
+            raise OperatorError(f"bias needs one output, this network has {len(self.network.parts)}; add one to each result")
         dims = self.network.output.dims
         if not dims or any(axis not in self.network.sizes for axis in dims[-1]):
             raise OperatorError(f"bias needs a last output dimension of fixed size, got {self.network.output.pattern or 'a scalar'!r}")
@@ -190,10 +191,11 @@ class Contraction(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the cores anew; the bias starts at zero."""
+        last = {part.cores[-1] for part in self.network.parts if part.cores}
         for fan in self.network.fans():
             std = math.sqrt(min(fan.d_in, fan.d_out)) / max(fan.d_in, 1)
             core = getattr(self, fan.core)
-            if self.zero_init and fan.core == self.network.cores[-1]:
+            if self.zero_init and fan.core in last:
                 nn.init.zeros_(core)
             elif core.numel() and not core.is_meta:  # on meta there is nothing to draw, and drawing imports the compiler
                 nn.init.normal_(core, std=std)

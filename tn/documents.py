@@ -20,7 +20,7 @@ def document(text: str, version: int, keys: Mapping[str, Kinds], what: str, erro
         raise error(f"{what} JSON is text, got a {type(text).__name__}")
     try:
         value = json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"this is no {what} JSON: {problem}") from None
     if not isinstance(value, dict):
         raise error(f"{what} JSON is an object, got a {type(value).__name__}")

@@ -62,7 +62,8 @@ def score(plan: Plan) -> tuple[float, float]:
 
 
 def _laid_out(base: Plan, path: Path) -> Plan:
-    job = Job.of(base.leaves, base.network.output.axes, base.size, base.needs[: len(base.leaves)], base.machine)
+    size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
+    job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
     orders = choose(path, job).orders
     return settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=()))
 

@@ -237,7 +237,14 @@ def use_table(table: Machine | None, device: torch.device | str = "cpu", dtype: 
     Args:
         table: such as `tn.calibrate` measured; None for the built-in one again.
         device, dtype: what it is for, by the kind of device; every dtype if None.
+
+    Raises:
+        PlanError: what is no table, or no dtype.
     """
+    if table is not None and not isinstance(table, Machine):
+        raise PlanError(f"a machine table is a tn.Machine, such as tn.calibrate() gives, got {table!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise PlanError(f"dtype is {dtype!r}, expected a torch.dtype")
     key = (torch.device(device).type, dtype)
     if table is None:
         _in_use.pop(key, None)

@@ -72,6 +72,8 @@ class Plan:
         tile = self.tile
         if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 2):
             raise PlanError(f"tile is {tile!r}, expected at least 2 rows, or None for all at once")
+        if tile is not None and not all(value >= len(self.leaves) and ROWS in self.orders[value] for value in self.results):
+            raise PlanError(f"tile is {tile} rows, but a result has no rows or is an operand; such a plan takes all rows at once")
 
     @functools.cached_property
     def size(self) -> Mapping[str, int]:

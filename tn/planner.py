@@ -62,6 +62,14 @@ def plan(
         PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown
             tensor in `grad`.
     """
+    if not isinstance(network, Network):
+        raise PlanError(f"tn.plan takes a network, such as tn.network(spec, sizes) gives, got {network!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError(f"dtype is {dtype!r}, expected a torch.dtype")
+    if table is not None and not isinstance(table, Machine):
+        raise PlanError(f"table is {table!r}, expected a tn.Machine")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PlanError(f"seed is {seed!r}, expected an integer")
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
     if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):

@@ -58,6 +58,7 @@ class Program:
         self.plan, self.own = plan, own
         self.names = plan.network.names
         self.outputs = len(plan.results)
+        self.apart = set(plan.saved).isdisjoint(map(plan.first, plan.results))  # no gradient reads a result
         self._code = _with_safe_names(plan)
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
@@ -134,7 +135,10 @@ class _Owned(torch.autograd.Function):
         made, count = program.fast(*operands), program.outputs
         ctx.program = program
         ctx.save_for_backward(*operands, *made[count:])
-        return made[0] if count == 1 else made[:count]
+        results = made[:count]
+        if program.apart:  # autograd lets nobody change a view that a Function made
+            results = tuple([result if result._base is None else result.data for result in results])
+        return results[0] if count == 1 else results
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:

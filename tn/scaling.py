@@ -25,6 +25,15 @@ def multipliers(layer: Contraction, rule: str = "adam") -> dict[str, float]:
     the axes that the layer contracts and makes.
     """
     network: Network = getattr(layer, "reference", layer.network)
+    if len(network.parts) > 1:  # each core as in the map of the first output it takes part in
+        found: dict[str, float] = {}
+        for part in reversed(network.parts):
+            found |= _multipliers(part, rule)
+        return {name: found[name] for name in network.cores}
+    return _multipliers(network, rule)
+
+
+def _multipliers(network: Network, rule: str) -> dict[str, float]:
     ins = [axis for name in network.inputs for axis in network.term(name).axes if axis in network.sizes]
     outs = [axis for axis in network.output.axes if axis in network.sizes]
     d_in = math.prod(network.sizes[axis] for axis in ins if axis not in outs)
@@ -180,6 +189,6 @@ def _sizes(layer: nn.Module, path: str) -> tuple[int, int]:
     if isinstance(layer, Contraction):
         network = layer.network
         ins = (axis for name in network.inputs for axis in network.term(name).axes)
-        outs = (axis for axis in network.output.axes)
+        outs = (axis for term in network.spec.outputs for axis in term.axes)
         return math.prod(network.sizes.get(axis, 1) for axis in outs), math.prod(network.sizes.get(axis, 1) for axis in ins)
     raise StructureError(f"layer {path!r} of the base model is a {type(layer).__name__}, expected a linear layer")

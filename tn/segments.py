@@ -145,8 +145,8 @@ def segments(
 
     Args:
         axis: whose size changes; axes that always occur with it stay as `sizes` has them. Two axes give a grid of 2 × 2 cells.
-        goal: "flops" gives exact breakpoints where the search is exact (all trees of five operands or fewer), "time" at most four plans,
-            by a grid of sizes and bisection of what is predicted.
+        goal: "flops" gives exact breakpoints where the search is exact (trees of five operands or fewer, no tensor used twice); otherwise
+            at most four plans, by a grid of sizes and bisection of what is predicted.
         grad, sizes, options: as in `tn.plan`. up_to: sizes beyond this are not looked at.
 
     Returns:
@@ -154,7 +154,8 @@ def segments(
         both sizes reach holds.
 
     Raises:
-        SizeError: an axis that is unknown or not dynamic. PlanError: another goal.
+        SizeError: an axis that is unknown or not dynamic. PlanError: another goal; with goal="flops" several outputs, another search or
+            table; a memory limit, or a size for the axis itself.
 
     >>> import tn
     >>> net = tn.network("x: ... i, a: i r, b: r o -> ... o", dict(i=64, r=48, o=64), cores=("a", "b"))
@@ -162,11 +163,20 @@ def segments(
     [(1, ((0, 1), (3, 2))), (97, ((1, 2), (0, 3)))]
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not axes or len(set(axes)) < len(axes):
+        raise SizeError(f"axis is {axis!r}, expected a dynamic axis, or two different ones")
     for name in axes:
         if name not in network.dynamic:
             raise SizeError(unknown("dynamic axis", name, network.dynamic))
     if goal not in ("time", "flops"):
         raise PlanError(unknown("goal of segments", goal, ("time", "flops")))
+    refused = [name for name in ("rows", "memory_limit") if options.get(name) is not None] + [
+        name for name in axes if name in (sizes or {})
+    ]
+    if refused:
+        raise PlanError(f"segments takes no {refused[0]!r}: the sizes of {', '.join(axes)} change, and a limit holds for one size")
+    if goal == "flops" and (len(network.parts) > 1 or options.get("search", "auto") != "auto" or options.get("table") is not None):
+        raise PlanError('segments with goal="flops" are of one output, with search "auto" and the table in use')
     fixed = {**dict.fromkeys(network.dynamic, 1024), **(sizes or {})}
 
     def planned(*extents: int) -> Plan:
@@ -175,7 +185,7 @@ def segments(
 
     if len(axes) == 2:
         return _of_two(axes, planned)
-    if goal == "flops":
+    if goal == "flops" and len(network.names) == len(network.spec.operands):  # equal steps bend the lines
         return _envelope(network, axes[0], fixed, planned, up_to)
     return _by_time(axes[0], planned, up_to)
 

@@ -125,6 +125,8 @@ def _check(spec: Spec, text: str) -> None:
             raise SpecError(
                 f"spec {text!r}: tensor {term.name!r} has {len(first.dims)} dimensions in one place and {len(term.dims)} in another"
             )
+    if len(spec.outputs) > 1 and any(not term.dims and term.name == f"y{i}" for i, term in enumerate(spec.outputs)):
+        raise SpecError(f"spec {text!r}: an output without name and axes; is there a comma too many behind '->'?")
     names = [term.name for term in spec.outputs]
     if len(set(names)) < len(names) or (len(names) > 1 and set(names) & set(patterns)):
         raise SpecError(f"spec {text!r}: output names {names} must differ from each other and from the operands")

@@ -419,3 +419,17 @@ def test_copies_made_inside_are_plain_layers():
     with tn.accumulate(layer):
         layer(torch.randn(64, 256)).sum()
         assert copy.deepcopy(layer)._hoisted is None
+
+
+def test_a_core_that_is_frozen_before_the_end_keeps_what_was_gathered():
+    layer = tn.StructuredLinear(64, 64, structure="tt", rank=8, dtype=torch.float64)
+    x = torch.randn(4, 64, dtype=torch.float64)
+    layer(x).square().mean().backward()
+    wanted = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    with tn.accumulate(layer, batches=1000):
+        layer(x).square().mean().backward()
+        layer.requires_grad_(False)
+    for parameter, want in zip(layer.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, want)
+        assert not parameter.requires_grad

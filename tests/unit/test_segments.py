@@ -151,3 +151,19 @@ def test_refusals():
         tn.segments(SCORES, axis="n")
     with pytest.raises(tn.PlanError, match="unknown goal of segments 'peak'"):
         tn.segments(SCORES, axis="s", goal="peak")
+
+
+def test_segments_refuse_what_they_cannot_keep():
+    net = tn.network("x: ... i, a: i r, b: r o -> ... o", dict(i=64, r=48, o=64))
+    for options in (dict(memory_limit=10000), dict(rows=4), dict(sizes={"...": 7}), dict(goal="flops", search="left_to_right")):
+        with pytest.raises(tn.PlanError, match="segments"):
+            tn.segments(net, **options)
+    with pytest.raises(tn.SizeError, match="two different ones"):
+        tn.segments(net, axis=("...", "..."))
+
+
+def test_segments_know_equal_steps():
+    net = tn.network("q: ... d, k: t d, q: ... e, k: t e, v: t w -> ... w", dict(d=16, e=16, t=300, w=16))
+    found = tn.segments(net, goal="flops")
+    plan = next(plan for first, plan in reversed(found) if first <= 150)
+    assert plan.path == tn.plan(net, goal="flops", rows=150).path

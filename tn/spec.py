@@ -71,6 +71,8 @@ def parse(text: str) -> Spec:
         hint = "" if "->" in text or " " in text.strip() else "; tn.einsum reads letters, whose output may be left out"
         raise SpecError(f"spec {text!r} has {text.count('->')} '->', expected one between the operands and the output{hint}")
     left, right = text.split("->")
+    if "," in right and not all(part.strip() for part in _split(right)):
+        raise SpecError(f"spec {text!r}: an output without name and axes; is there a comma too many behind '->'?")
     operands = tuple(_term(part, text, f"t{i}") for i, part in enumerate(_split(left)))
     outputs = tuple(_term(part, text, f"y{i}") for i, part in enumerate(_split(right)))
     spec = Spec(operands, outputs)
@@ -125,8 +127,6 @@ def _check(spec: Spec, text: str) -> None:
             raise SpecError(
                 f"spec {text!r}: tensor {term.name!r} has {len(first.dims)} dimensions in one place and {len(term.dims)} in another"
             )
-    if len(spec.outputs) > 1 and any(not term.dims and term.name == f"y{i}" for i, term in enumerate(spec.outputs)):
-        raise SpecError(f"spec {text!r}: an output without name and axes; is there a comma too many behind '->'?")
     names = [term.name for term in spec.outputs]
     if len(set(names)) < len(names) or (len(names) > 1 and set(names) & set(patterns)):
         raise SpecError(f"spec {text!r}: output names {names} must differ from each other and from the operands")

@@ -53,3 +53,9 @@ def test_refuses(text, message):
 def test_a_spec_is_text():
     with pytest.raises(tn.SpecError, match="got int"):
         parse(3)
+
+
+def test_a_comma_too_many_is_named():
+    with pytest.raises(tn.SpecError, match="comma too many"):
+        tn.network("x: i j -> y: i,")
+    assert len(tn.network("x: i, y: i -> a: i, b:").parts) == 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tn
-from bench.row import Row
+from bench.row import Row, beside
 from bench.timing import interleaved
 from tn.machine import machine
 
@@ -60,9 +60,8 @@ def copy_rows(rows: int, rounds: int) -> Iterator[Row]:
         counts = {which: copies(run, rows * _LARGE) for which, run in runs.items()}
         times = interleaved(runs, rounds=rounds, least_seconds=0.005)
         settings: dict[str, object] = {"copies": counts["tn"], "copies where they are dear": counts["without copies"]}
-        yield _row(
-            f"copies: {name} {WIDTH}", "forward + backward", times, "without copies", rounds, settings | {"tile": plans["tn"].tile}, rows
-        )
+        settings["tile"] = plans["tn"].tile
+        yield beside(f"copies: {name} {WIDTH}", "forward + backward", times, "without copies", tokens=rows, settings=settings)
 
 
 def overhead_rows(rounds: int) -> Iterator[Row]:
@@ -83,7 +82,7 @@ def overhead_rows(rounds: int) -> Iterator[Row]:
         with torch.set_grad_enabled(grads):
             times = interleaved({name: _often(run) for name, run in runs.items()}, rounds=rounds)
         for name in ("Program", "Contraction", "nn.Module"):
-            yield _row(f"overhead: {name}", what, {"tn": times[name], "two products": times["two products"]}, "two products", rounds, {})
+            yield beside(f"overhead: {name}", what, {"tn": times[name], "two products": times["two products"]}, "two products")
 
 
 def graph_rows(rounds: int) -> Iterator[Row]:
@@ -135,20 +134,3 @@ def _often(run: Callable[[], object]) -> Callable[[], object]:
             run()
 
     return many
-
-
-def _row(case: str, what: str, times: dict, peer: str, rounds: int, settings: dict[str, object], rows: int = 0) -> Row:
-    (low, high), ratio = times["tn"].quartiles, times["tn"].faster_than(times[peer])
-    return Row(
-        bench="execution",
-        case=case,
-        what=what,
-        seconds=times["tn"].median,
-        low=low,
-        high=high,
-        samples=rounds,
-        tokens=rows,
-        ratio=ratio,
-        peer=peer,
-        settings=settings,
-    )

@@ -16,7 +16,7 @@ from bench.cases import LAYERS, ROWS, Layer
 from bench.handwritten import TiledBTT
 from bench.libraries import LIBRARIES, einsum_peers
 from bench.models import Parser
-from bench.row import RESULTS, Row, append, wide_console
+from bench.row import RESULTS, Row, append, beside, wide_console
 from bench.timing import interleaved
 from tn.errors import unknown
 
@@ -75,23 +75,8 @@ def layer_rows(layer: Layer, rows: int, rounds: int) -> Iterator[Row]:
         times = interleaved({"tn": ours[what], **{name: runs[what] for name, runs in theirs.items()}}, rounds=rounds, least_seconds=0.005)
         best = min((name for name in times if name != "tn"), key=lambda name: times[name].median)
         flops = program.plan.flops + (program.plan.backward_flops if what != "forward" else 0)
-        ratio, low, high = times["tn"].faster_than(times[best]), *times["tn"].quartiles
         settings = {"rows": rows, "spec": layer.spec, **dict(layer.sizes), "tile": program.plan.tile}
-        seconds = times["tn"].median
-        yield Row(
-            bench="execution",
-            case=layer.name,
-            what=what,
-            seconds=seconds,
-            low=low,
-            high=high,
-            samples=rounds,
-            tokens=rows,
-            flops=flops,
-            ratio=ratio,
-            peer=best,
-            settings=settings,
-        )
+        yield beside(layer.name, what, times, best, tokens=rows, flops=flops, settings=settings)
 
 
 def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
@@ -110,24 +95,10 @@ def btt_rows(width: int, rows: int, rank: int, rounds: int) -> Iterator[Row]:
     runs = {"tn": passes(program, [x, *cores]), "by hand": passes(by_hand, [x, *cores]), "dense": dense}
     for what in ("forward", "forward + backward"):
         times = interleaved({name: both[what] for name, both in runs.items()}, rounds=rounds)
-        low, high = times["tn"].quartiles
+        flops = program.plan.flops + (program.plan.backward_flops if what != "forward" else 0)
+        settings: dict[str, object] = {"rows": rows, "tile": program.plan.tile}
         for peer in ("dense", "by hand"):
-            flops = program.plan.flops + (program.plan.backward_flops if what != "forward" else 0)
-            settings: dict[str, object] = {"rows": rows, "tile": program.plan.tile}
-            yield Row(
-                bench="execution",
-                case=f"BTT {width} rank {rank}",
-                what=what,
-                seconds=times["tn"].median,
-                low=low,
-                high=high,
-                samples=rounds,
-                tokens=rows,
-                flops=flops,
-                ratio=times["tn"].faster_than(times[peer]),
-                peer=peer,
-                settings=settings,
-            )
+            yield beside(f"BTT {width} rank {rank}", what, times, peer, tokens=rows, flops=flops, settings=settings)
 
 
 def linear_rows(width: int, rank: int, rows: int, rounds: int) -> Iterator[Row]:
@@ -170,9 +141,7 @@ def _beside(
 
     for what, make in (("forward", forward), ("forward + backward", both))[: 1 + gradients]:
         times = interleaved({"tn": make(model), peer: make(other)}, rounds=rounds, least_seconds=0.005)
-        (low, high), ratio = times["tn"].quartiles, times["tn"].faster_than(times[peer])
-        values = {"seconds": times["tn"].median, "low": low, "high": high, "ratio": ratio}
-        yield Row(bench="execution", case=f"{kind}: {case}", what=what, samples=rounds, tokens=len(x), peer=peer, **values)
+        yield beside(f"{kind}: {case}", what, times, peer, tokens=len(x))
 
 
 def main(arguments: list[str]) -> int:

@@ -5,11 +5,14 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
+
+from bench.timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +49,35 @@ class Row:
     def tokens_per_second(self) -> float | None:
         """Tokens of one sample over its median time."""
         return self.tokens / self.seconds if self.seconds else None
+
+
+def beside(
+    case: str,
+    what: str,
+    times: Mapping[str, Timing],
+    peer: str,
+    *,
+    tokens: int = 0,
+    flops: int = 0,
+    settings: Mapping[str, object] | None = None,
+) -> Row:
+    """A row of the execution bench: "tn" beside a peer that was timed in turns with it."""
+    ours = times["tn"]
+    (low, high), ratio, samples = ours.quartiles, ours.faster_than(times[peer]), len(ours.samples)
+    return Row(
+        bench="execution",
+        case=case,
+        what=what,
+        seconds=ours.median,
+        low=low,
+        high=high,
+        samples=samples,
+        tokens=tokens,
+        flops=flops,
+        ratio=ratio,
+        peer=peer,
+        settings=dict(settings or {}),
+    )
 
 
 def append(rows: list[Row], path: Path) -> None:

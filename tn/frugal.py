@@ -1,16 +1,12 @@
 """Plans chosen by memory: the goals "saved" and "peak", and plans within a limit."""
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any
 
 from tn import memory, slices
 from tn.cost import step_flops, volume
 from tn.errors import PlanError
 from tn.layout import Job, choose
-from tn.order import Path, steps_of
+from tn.order import Path, every, steps_of, to_path
 from tn.plan import Plan, settled
 from tn.planner import TILES
 from tn.spec import ROWS
@@ -99,34 +95,6 @@ def _trees(base: Plan) -> list[Path]:
     return list(every(count))
 
 
-@functools.cache
-def every(count: int) -> tuple[Path, ...]:
-    """Every binary tree over so many operands, as pairs of SSA values."""
-
-    def trees(leaves: tuple[int, ...]) -> Iterator[object]:
-        if len(leaves) == 1:
-            yield leaves[0]
-        for size in range(len(leaves) - 1):
-            for chosen in itertools.combinations(leaves[1:], size):
-                rest = tuple(leaf for leaf in leaves[1:] if leaf not in chosen)
-                yield from itertools.product(trees((leaves[0], *chosen)), trees(rest))
-
-    return tuple(_path(tree, count) for tree in trees(tuple(range(count))))
-
-
-def _path(nested: Any, count: int) -> Path:
-    pairs: list[tuple[int, int]] = []
-
-    def visit(node: Any) -> int:
-        if not isinstance(node, tuple):
-            return node
-        pairs.append((visit(node[0]), visit(node[1])))
-        return count + len(pairs) - 1
-
-    visit(nested)
-    return tuple(pairs)
-
-
 def _least_saved(base: Plan) -> Path:
     """The tree that keeps the fewest bytes, then with the fewest FLOPs, by dynamic programming over subsets of the operands."""
     count, output = len(base.leaves), set(base.network.output.axes)
@@ -148,4 +116,4 @@ def _least_saved(base: Plan) -> Path:
         if options:
             saved, flops, part = min(options)
             best[subset] = saved, flops, (best[part][2], best[subset ^ part][2])
-    return _path(best[every_operand][2], count)
+    return to_path(best[every_operand][2], count)

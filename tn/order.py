@@ -256,7 +256,7 @@ class _Subsets:
         def nested(subset: int) -> object:
             return (nested(parts[subset]), nested(subset ^ parts[subset])) if parts[subset] else subset.bit_length() - 1
 
-        return _to_path(nested((1 << self.count) - 1), self.count)
+        return to_path(nested((1 << self.count) - 1), self.count)
 
     def ranked(self, learnt: Mapping[tuple[int, int], float]) -> Iterator[tuple[float, Path]]:
         """The trees with their costs including what was learnt, the cheapest first."""
@@ -293,7 +293,7 @@ class _Ranking:
             best = self._get(every, rank)
             if best is None:
                 return
-            yield best[0], _to_path(self._nested(every, rank), self.count)
+            yield best[0], to_path(self._nested(every, rank), self.count)
 
     def _get(self, subset: int, rank: int) -> tuple | None:
         """(cost, part, its rank, other part, its rank, cost of the last step) of a tree over a subset, None if there are fewer."""
@@ -430,10 +430,26 @@ def _improve(path: Path, task: Task) -> Path:
     def nested(value: int) -> object:
         return value if value < count else tuple(map(nested, children[value]))
 
-    return _canonical(_to_path(nested(values[-1]), count), count)
+    return _canonical(to_path(nested(values[-1]), count), count)
 
 
-def _to_path(nested: object, count: int) -> Path:
+@functools.cache
+def every(count: int) -> tuple[Path, ...]:
+    """Every binary tree over so many operands, as pairs of SSA values."""
+
+    def trees(leaves: tuple[int, ...]) -> Iterator[object]:
+        if len(leaves) == 1:
+            yield leaves[0]
+        for size in range(len(leaves) - 1):
+            for chosen in itertools.combinations(leaves[1:], size):
+                rest = tuple(leaf for leaf in leaves[1:] if leaf not in chosen)
+                yield from itertools.product(trees((leaves[0], *chosen)), trees(rest))
+
+    return tuple(to_path(nested, count) for nested in trees(tuple(range(count))))
+
+
+def to_path(nested: object, count: int) -> Path:
+    """A tree as nested pairs of operands' numbers → pairs of SSA values."""
     pairs: list[tuple[int, int]] = []
 
     def visit(node) -> int:
@@ -456,4 +472,4 @@ def _canonical(path: Path, count: int) -> Path:
             left, right = right, left
         nodes.append((nodes[left], nodes[right]))
         lowest.append(lowest[left])
-    return _to_path(nodes[-1], count)
+    return to_path(nodes[-1], count)

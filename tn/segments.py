@@ -17,9 +17,9 @@ from torch import Tensor
 from tn.bridge.paths import along
 from tn.cost import step_flops
 from tn.errors import PlanError, SizeError, unknown
-from tn.frugal import every, score
+from tn.frugal import score
 from tn.network import Network
-from tn.order import Axes, Path, steps_of
+from tn.order import Axes, Path, every, steps_of
 from tn.plan import Plan, leaf_axes
 from tn.planner import plan
 from tn.spec import ROWS

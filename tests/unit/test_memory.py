@@ -8,7 +8,7 @@ import torch
 import tn
 from tests.unit.memory_tracker import Tracker, kept_bytes, measured
 from tests.unit.random_layers import operands_for, random_grad, random_layer
-from tn.frugal import every
+from tn.order import every
 
 
 def tt_matrix(cores: int, mode: int, rank: int) -> tn.Network:

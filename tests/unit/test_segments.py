@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import tn
 from tests.unit.random_layers import random_layer
 from tests.unit.test_memory import tt_matrix
-from tn.frugal import every
+from tn.order import every
 from tn.segments import cells, merged
 
 SCORES = tn.network("q: b h s n, k: b t c, w: h n c -> b h s t", dict(h=16, n=128, c=512), cores=("w",))

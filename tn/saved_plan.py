@@ -46,7 +46,7 @@ def read(text: str, table: Machine | None) -> Plan:
         grad, goal, search, floor = tuple(value["grad"]), value["goal"], value["search"], value["floor"]
         made = Plan(network, sizes, grad, goal, search, path, orders, value["tile"], table, floor, others, sliced, value["itemsize"])
         _check(made)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise PlanError(f"plan JSON does not describe a plan: {error}") from None
     return made
 
@@ -64,6 +64,10 @@ def _check(plan: Plan) -> None:
         raise PlanError(unknown("goal", plan.goal, GOALS))
     if any(axis not in net.axes or not is_size(size) or size < 1 for axis, size in plan.slices):
         raise PlanError(f"slices are {dict(plan.slices)}, expected an integer ≥ 1 for axes of {', '.join(net.axes)}")
+    for seconds, path, _ in plan.others:
+        values = [value for number, pair in enumerate(path) for value in pair if not (is_size(value) and value < count + number)]
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or values or len(path) != len(plan.path):
+            raise PlanError(f"others has {[seconds, path]}, expected seconds and {len(plan.path)} pairs of values")
     if plan.itemsize < 1:
         raise PlanError(f"itemsize is {plan.itemsize}, expected at least 1 byte")
     expected: list[Axes] = [*plan.leaves]

@@ -1,6 +1,7 @@
 """Plans: counts, determinism, layouts without copies, JSON, and the printed table."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -243,3 +244,19 @@ def test_a_small_operand_is_copied_where_a_large_one_would_be():
     (step,) = tn.plan(network, rows=6).steps
     assert (step.pairing.batch_on, step.pairing.copy_left, step.pairing.copy_right) == ("right", True, False)
     _like_einsum(network, "bij,rjio->bro", torch.randn(6, 30, 31), torch.randn(10, 31, 30, 130))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value["others"][0].__setitem__(0, None),
+        lambda value: value["others"][0][1][0].__setitem__(1, 7),
+        lambda value: value.update(tile=64, orders=value["orders"][:1]),
+    ],
+)
+def test_edited_plans_are_refused(change):
+    value = json.loads(tn.plan(BTT, rows=4096).to_json())
+    assert value["others"]
+    change(value)
+    with pytest.raises(tn.PlanError):
+        tn.Plan.from_json(json.dumps(value))

@@ -63,7 +63,7 @@ class Program:
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan) if own is None else own:
+        if plan.worth_owning if own is None else own:
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -182,14 +182,6 @@ def fits_fast(operands: Sequence[Tensor]) -> bool:
     if not first.is_floating_point() or (first.device.type == "cpu" and first.dtype not in (torch.float32, torch.float64)):
         return False
     return all(operand.dtype is first.dtype for operand in operands)
-
-
-def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
-
-    Diagonals and sums of a single operand keep the tape."""
-    gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
-    return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
 class OperatorProgram(Program):

@@ -128,7 +128,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         model: in evaluation mode.
 
     Raises:
-        OperatorError: the model is in training mode.
+        OperatorError: the model is in training mode, or no module.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(64, 64, structure="btt", rank=4).eval()
@@ -136,6 +136,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     ...     layer(torch.ones(1, 64)).shape
     torch.Size([1, 64])
     """
+    if not isinstance(model, nn.Module):
+        raise OperatorError(f"tn.frozen takes a torch.nn.Module, got a {type(model).__name__}")
     if model.training:
         raise OperatorError("tn.frozen evaluates a model with frozen weights, this one is in training mode; call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, Contraction)]

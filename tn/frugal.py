@@ -46,7 +46,13 @@ def _of_trees(base: Plan) -> list[Plan]:
     """Plans of the trees that can keep least, or have least alive at once."""
     paths = [path for path in _trees(base) if path != base.path]
     ranked = [sorted((_least(base, path, measure), path) for path in paths)[:_LAID_OUT] for measure in ("saved", "peak")]
-    return [_laid_out(base, path) for path in dict.fromkeys(path for _, path in ranked[0] + ranked[1])]
+    size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
+    job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
+    found = []
+    for path in dict.fromkeys(path for _, path in ranked[0] + ranked[1]):
+        orders = choose(path, job).orders
+        found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=())))
+    return found
 
 
 def _of_outputs(base: Plan) -> list[Plan]:
@@ -64,13 +70,6 @@ def score(plan: Plan) -> tuple[float, float]:
     if found is None:
         found = plan.saved_bytes if plan.goal == "saved" else plan.peak_bytes
     return found, plan.seconds
-
-
-def _laid_out(base: Plan, path: Path) -> Plan:
-    size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
-    job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
-    orders = choose(path, job).orders
-    return settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=()))
 
 
 def _least(base: Plan, path: Path, measure: str) -> tuple[int, int]:

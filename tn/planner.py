@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import SupportsIndex
 
 import torch
 
 from tn import order, store
 from tn.documents import is_size
-from tn.errors import PlanError, SizeError, unknown
+from tn.errors import PlanError, SizeError, SpecError, unknown
 from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
 from tn.network import Network
@@ -42,7 +44,7 @@ def plan(
     search: str = "auto",
     table: Machine | None = None,
     seed: int = 0,
-    memory_limit: int | None = None,
+    memory_limit: SupportsIndex | None = None,
 ) -> Plan:
     """Plan a network: a pure function of its arguments.
 
@@ -71,11 +73,20 @@ def plan(
         raise PlanError(f"table is {table!r}, expected a tn.Machine")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise PlanError(f"seed is {seed!r}, expected an integer")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise PlanError(f"device is {device!r}, expected a torch.device or the name of one, such as 'cpu' or 'cuda'") from None
+    if search not in order.SEARCHES:
+        raise PlanError(unknown("search", search, order.SEARCHES))
+    if not isinstance(grad, Iterable):
+        raise SpecError(f"grad is {grad!r}, expected names of tensors: {', '.join(network.names)}")
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise SizeError(f"sizes is {sizes!r}, expected a size for each axis, such as dict(i=3)")
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
-    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):
-        raise PlanError(f"memory_limit is {memory_limit!r}, expected a number of bytes ≥ 0, or None")
-    if memory_limit is not None and dtype not in (torch.float32, torch.float64):
+    limit = None if memory_limit is None else _bytes(memory_limit)
+    if limit is not None and dtype not in (torch.float32, torch.float64):
         raise PlanError(f"memory_limit= holds for float32 and float64, got {dtype}")
     wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
@@ -99,10 +110,21 @@ def plan(
         "table": table or machine(device, dtype),
         "seed": seed,
         "itemsize": dtype.itemsize,
-        "limit": memory_limit,
+        "limit": limit,
     }
     made = store.recall(asked, _frugal, Plan.from_json)
     return placed(made, dtype, torch.device(device).type)
+
+
+def _bytes(limit: SupportsIndex) -> int:
+    """A memory limit of any integral type, such as NumPy's."""
+    try:
+        found = -1 if isinstance(limit, bool) else operator.index(limit)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise PlanError(f"memory_limit is {limit!r}, expected a whole number of bytes ≥ 0, or None")
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

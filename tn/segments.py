@@ -162,8 +162,10 @@ def segments(
     >>> [(first, plan.path) for first, plan in tn.segments(net, goal="flops")]
     [(1, ((0, 1), (3, 2))), (97, ((1, 2), (0, 3)))]
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    if not axes or len(set(axes)) < len(axes):
+    if not isinstance(network, Network):
+        raise PlanError(f"tn.segments takes a network, such as tn.network(spec, sizes) gives, got {network!r}")
+    axes = (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, Sequence) else ()
+    if len(axes) not in (1, 2) or len(set(axes)) < len(axes):
         raise SizeError(f"axis is {axis!r}, expected a dynamic axis, or two different ones")
     for name in axes:
         if name not in network.dynamic:

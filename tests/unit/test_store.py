@@ -145,6 +145,11 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(tn.PlanError, match="is a file, expected a folder"):
         tn.plan_store(tmp_path / "file")
+    monkeypatch.setenv("TN_PLAN_STORE", str(tmp_path / "file"))
+    stores._from_environment.cache_clear()
+    with pytest.raises(tn.PlanError, match=r"\$TN_PLAN_STORE: plan store .*file is a file, expected a folder"):
+        tn.plan(NET)
+    monkeypatch.delenv("TN_PLAN_STORE")
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -313,6 +313,12 @@ class Plan:
         """Tensors copied, forward and needed gradients."""
         return sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
 
+    def at(self, sizes: Mapping[str, int]) -> "Plan":
+        """The plan as it runs at other sizes of some axes: no more rows than a tile are taken all at once."""
+        found = {**self.size, **sizes}
+        tile = self.tile if self.tile is not None and found[ROWS] > self.tile else None
+        return dataclasses.replace(self, sizes=tuple(found.items()), tile=tile)
+
     def flops_at(self, sizes: Mapping[str, int]) -> int:
         """FLOPs of the matrix products of one forward pass at other sizes; elementwise products are not matrix products."""
         total = 0

@@ -172,6 +172,16 @@ def test_a_write_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_with_a_named_result_is_found_again(tmp_path):
+    named = tn.network("x: a b, w: b c -> product: a c", dict(a=2, b=3, c=4))
+    assert tn.Network.from_json(named.to_json()) == named
+    for found in (0, 1):
+        with warnings.catch_warnings(), tn.plan_store(tmp_path) as store:
+            warnings.simplefilter("error")
+            tn.plan(named)
+        assert store.found == found
+
+
 def test_blocks_nest_and_close(tmp_path):
     outer = tn.plan_store(tmp_path / "outer")
     with tn.plan_store(tmp_path / "inner"):

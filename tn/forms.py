@@ -133,9 +133,9 @@ def _whole(orders: tuple[str, str, str], parts: tuple[str, ...], copies: tuple[b
         as_first, as_second = batch + outer + summed, batch + summed + inner
         views = 2 + (first != as_first) + (second != as_second)
         scattered = scattered_left, scattered_right, placed == "strided" and _scattered(out, batch)
-        move_first = _move(first, as_first) if copy_first else None
-        move_second = _move(second, as_second) if copy_second else None
-        move_out = _move(batch + outer + inner, out) if placed == "copy" else None
+        move_first = move(first, as_first) if copy_first else None
+        move_second = move(second, as_second) if copy_second else None
+        move_out = move(batch + outer + inner, out) if placed == "copy" else None
         moves = (move_second, move_first, move_out) if swap else (move_first, move_second, move_out)
         reads = _read(first, summed, outer, copy_first) + _read(second, inner, summed, copy_second)
         yield Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
@@ -167,8 +167,8 @@ def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], 
                 for swap, placed in _placements(out, on_out, m, n):
                     if placed == "copy":
                         continue
-                    move_left = _move(left, k + m if swap else m + k) if copy_left else None
-                    move_right = _move(right, n + k if swap else k + n) if copy_right else None
+                    move_left = move(left, k + m if swap else m + k) if copy_left else None
+                    move_right = move(right, n + k if swap else k + n) if copy_right else None
                     if swap:
                         reads = _read(right, k, n, copy_right) + _read(left, m, k, copy_left)
                     else:
@@ -185,8 +185,8 @@ def _only(group: str, order: str) -> str:
     return "".join([atom for atom in order if atom in group]) if len(group) > 1 else group
 
 
-def _move(source: str, target: str) -> tuple[str, str, str]:
-    """(the longest common end of two orders, the atoms that lie behind the target's last atom in the source, and the other way round)."""
+def move(source: str, target: str) -> tuple[str, str, str]:
+    """What decides how long a copy from one order into another takes: (the longest common end of two orders, the atoms that lie behind the target's last atom in the source, and the other way round)."""
     length = 0
     while length < len(source) and source[-1 - length] == target[-1 - length]:
         length += 1

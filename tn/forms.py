@@ -26,7 +26,7 @@ class Form(NamedTuple):
         swap: the product is taken as (N, K) × (K, M). out: "native", "strided" or "copy" (see tn.pairing.Pairing).
         copy_left, copy_right: operands that must be copied first.
         views: made for it. scattered: tensors of which an item of the batch is not one block of memory.
-        moves: see `_move`, for each tensor that is copied. reads: how the product's own operands lie in memory (see tn.machine).
+        moves: see `move`, for each tensor that is copied. reads: how the product's own operands lie in memory (see tn.machine).
     """
 
     batch: str
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
-    moves: tuple[tuple[str, str, str] | None, ...]
+    moves: tuple[tuple[str, str] | None, ...]
     reads: str
 
 
@@ -185,14 +185,15 @@ def _only(group: str, order: str) -> str:
     return "".join([atom for atom in order if atom in group]) if len(group) > 1 else group
 
 
-def move(source: str, target: str) -> tuple[str, str, str]:
-    """What decides how long a copy from one order into another takes: (the longest common end of two orders, the atoms that lie behind the target's last atom in the source, and the other way round)."""
+def move(source: str, target: str) -> tuple[str, str]:
+    """What decides how long a copy from one order into another takes: the atoms that both end with, a run, and those between runs that
+    were neighbours, in the target."""
     length = 0
     while length < len(source) and source[-1 - length] == target[-1 - length]:
         length += 1
-    if not target:
-        return "", "", ""
-    return source[len(source) - length :], source[source.index(target[-1]) + 1 :], target[target.index(source[-1]) + 1 :]
+    if length == len(source):
+        return source, ""
+    return source[len(source) - length :], target[target.index(source[-1 - length]) + 1 :]
 
 
 def _scattered(order: str, batch: str) -> bool:

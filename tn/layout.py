@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -72,10 +72,15 @@ def choose(path: Path, job: Job) -> Layout:
     floors = job.task.turns(extents).T.tolist()
     table = []
     for value, own in enumerate(inputs):
-        others = _turned(own, value, steps, parent, axes, output, job.task.sizes) if job.turns and value in parent else ()
-        table.append(job.known.setdefault((value, *others), {own: (0.0, (), ())}))
-        for other in others:
-            table[-1][other] = turned_seconds(own, other, job.task.grads[value], job.task.sizes, job.machine), (), ()
+        costs: Costs = {own: (0.0, (), ())}
+        if job.turns and value in parent:
+            left, right, out = steps[parent[value]]
+            sibling, needs = (right, weights[parent[value]][2]) if left == value else (left, weights[parent[value]][1])
+            if needs:  # it is read a second time, for the gradient of the other operand
+                for other in _turned(own, axes[sibling], out, output, job.task.sizes):
+                    seconds = turning(own, other, job.task.sizes, job.machine)
+                    costs[other] = seconds * (1 + job.task.grads[value]), (), ()  # its gradient is turned back
+        table.append(job.known.setdefault((value, *costs), costs))
     for number, (left, right, _) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
@@ -98,24 +103,15 @@ def choose(path: Path, job: Job) -> Layout:
     return Layout(best[-1], tuple(chosen), tuple(excess))
 
 
-def turned_seconds(own: Axes, other: Axes, grad: bool, sizes: Mapping[str, int], machine: Machine) -> float:
-    """Seconds of copying an operand into another memory order, and of turning its gradient back."""
-    return turning(own, other, sizes, machine) * (1 + grad)
-
-
-def _turned(
-    own: Axes, value: int, steps: list, parent: Mapping[int, int], axes: list[Axes], output: Axes, sizes: Mapping[str, int]
-) -> Sequence[Axes]:
-    """Memory orders in which the step that takes an operand would find each of its groups together: batch, then kept and summed axes."""
-    left, right, out = steps[parent[value]]
-    sibling = axes[right if left == value else left]
-    ranked = dict.fromkeys((*sibling, *output, *own))
-    batch, kept, summed = (
-        tuple(axis for axis in ranked if axis in own and (axis in sibling, axis in out) == group)
-        for group in ((True, True), (False, True), (True, False))
-    )
-    fits = all(is_run(own, group, sizes) for group in (batch, kept, summed)) and not (batch and own[-1] in batch)
-    return () if fits else [*dict.fromkeys(((*batch, *kept, *summed), (*batch, *summed, *kept)))]
+def _turned(own: Axes, sibling: Axes, out: Axes, output: Axes, sizes: Mapping[str, int]) -> Iterable[Axes]:
+    """Memory orders of an operand in which the step that takes it finds each group together: batch, then kept and summed axes."""
+    ranked = [axis for axis in dict.fromkeys((*sibling, *output, *own)) if axis in own]
+    batch = tuple([axis for axis in ranked if axis in sibling and axis in out])
+    kept = tuple([axis for axis in ranked if axis not in sibling])
+    summed = tuple([axis for axis in ranked if axis not in out])
+    if all(is_run(own, group, sizes) for group in (batch, kept, summed)) and not (batch and own[-1] in batch):
+        return ()
+    return dict.fromkeys(((*batch, *kept, *summed), (*batch, *summed, *kept)))
 
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:

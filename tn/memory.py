@@ -207,7 +207,8 @@ def _spikes(plan: "Plan") -> tuple[Spike, Spike]:
     viewed = {step.out for step in plan.backward_steps if plan.viewed(step)}
 
     def make(left: int, right: int, out: int, counted: bool) -> int:
-        return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted, out in viewed)
+        orders = _orders(plan, left, right, out)
+        return plan.itemsize * _new(plan.pairing(left, right, out), *orders, plan.step_size, counted, out in viewed)
 
     def add(left: int, right: int, out: int, counted: bool) -> int:
         return plan.itemsize * _added(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)

@@ -114,9 +114,7 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
         large, other = (left, right) if volumes[0] >= volumes[1] else (right, left)
         whole = (*[axis for axis in other if axis not in large], *large)
         native = [axis for axis in whole if axis in out and sizes[axis] != 1] == [axis for axis in out if sizes[axis] != 1]
-        return Pairing(
-            kind, h, m, n, k, "all", False, "native" if native else "copy", False, False, flops, sum(volumes), 0, seconds, whole
-        )
+        return Pairing(kind, h, m, n, k, "all", False, "native" if native else "copy", False, False, flops, sum(volumes), 0, seconds, whole)
     ones = [tuple(axis for axis in sizes if sizes[axis] == 1 and axis in group) for group in of]
     parts = (form.batch, form.left, form.right, form.contracted)
     h, m, n, k = (tuple(axis for atom in part for axis in atoms[atom]) + one for part, one in zip(parts, ones, strict=True))
@@ -131,13 +129,8 @@ def turning(source: Axes, target: Axes, sizes: Mapping[str, int], machine: Machi
     a, b = codes[source], codes[target]
     if a == b:
         return 0.0
-    length, stride, apart = ([volume(atoms[atom], sizes) for atom in part] for part in move(a, b))
-    return _copying(_BYTES * volume(source, sizes), math.prod(length), math.prod(stride), math.prod(apart), machine)
-
-
-def _copying(size: int, length: int, stride: int, apart: int, machine: Machine) -> float:
-    """Seconds of copying so many bytes, given the sizes of what `tn.forms.move` says of the two orders."""
-    return machine.element + machine.reorder(size, size // _BYTES // max(length, 1), _BYTES * stride if length == 1 else None, apart)
+    length, apart = (math.prod([volume(atoms[atom], sizes) for atom in part]) for part in move(a, b))
+    return machine.reorder(_BYTES * volume(source, sizes), length, apart)
 
 
 class Prices:
@@ -158,7 +151,7 @@ class Prices:
         self.contracts = not {*left} <= {*out}
         self._known: dict[tuple[str, str, str], float] = {}
         self._products: dict[tuple[bool, str, str], tuple[str, float]] = {}
-        self._moves: dict[tuple[int, tuple[str, str, str]], float] = {}
+        self._moves: dict[tuple[int, tuple[str, str]], float] = {}
 
     def seconds(self, left: str, right: str, out: str) -> float:
         """Seconds of the cheapest way."""
@@ -194,9 +187,9 @@ class Prices:
         seconds += self.machine.view * form.views
         for stream, scattered in zip(self.streams, form.scattered, strict=True):
             seconds += stream * _SCATTER if scattered else stream
-        for which, move in enumerate(form.moves):
-            if move is not None:
-                seconds += self._move(which, move)
+        for which, parts in enumerate(form.moves):
+            if parts is not None:
+                seconds += self._move(which, parts)
         return kind, seconds
 
     def _product_seconds(self, form: Form, h: int, m: int, n: int, k: int) -> tuple[str, float]:
@@ -211,12 +204,11 @@ class Prices:
             seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
         return kind, seconds
 
-    def _move(self, which: int, move: tuple[str, str, str]) -> float:
+    def _move(self, which: int, parts: tuple[str, str]) -> float:
         """Seconds of copying one of the three tensors."""
-        found = self._moves.get((which, move))
+        found = self._moves.get((which, parts))
         if found is None:
-            length, stride, apart = map(self._product, move)
-            found = self._moves[which, move] = _copying(self.sizes[which], length, stride, apart, self.machine)
+            found = self._moves[which, parts] = self.machine.reorder(self.sizes[which], *map(self._product, parts))
         return found
 
     def _multiply(self, left: str, right: str, out: str) -> float:
@@ -245,7 +237,7 @@ class Prices:
         if self._product("".join(ends)) < _SHORT:  # of what is summed or kept, little lies together
             seconds += elements * machine.run
         if [atom for atom in (*[atom for atom in other if atom not in large], *large) if atom in out] != [*out]:
-            seconds += machine.element + machine.reorder(self.sizes[2], self.sizes[2] // _BYTES)
+            seconds += machine.reorder(self.sizes[2])
         return seconds
 
     def _product(self, part: str) -> int:

@@ -35,7 +35,9 @@ def frugal(base: Plan, limit: int | None) -> Plan:
         return base
     plans = [base] if base.tile is None else [base, dataclasses.replace(base, tile=None)]
     plans += _of_outputs(base) if len(base.results) > 1 else _of_trees(base)
-    plans += [dataclasses.replace(plan, tile=tile) for plan in plans if plan.tile is None for tile in tiles_of(plan)]
+    straight = [plan for plan in plans if not plan.turned]
+    straight += [dataclasses.replace(plan, tile=tile) for plan in straight if plan.tile is None for tile in tiles_of(plan)]
+    plans = [*straight, *(plan for plan in plans if plan.turned)]
     able = plans if limit is None else slices.within(limit, plans, score)
     chosen = min(able, key=score)
     others = sorted({(plan.seconds, plan.path, plan.tile or 0) for plan in able if plan is not chosen})[:_SHOWN]
@@ -49,7 +51,8 @@ def _of_trees(base: Plan) -> list[Plan]:
     size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
     job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
     found = []
-    for path in dict.fromkeys(path for _, path in ranked[0] + ranked[1]):
+    again = [base.path] if base.turned else []  # without copies of operands
+    for path in dict.fromkeys([*again, *(path for _, path in ranked[0] + ranked[1])]):
         orders = choose(path, job).orders
         found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=())))
     return found

@@ -135,13 +135,20 @@ class _Heap:
         self.add(name, size)
 
 
-def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
+def whole(
+    work: Work,
+    sizes: Sequence[int],
+    spikes: tuple[Spike, Spike],
+    again: bool = False,
+    parts: Collection[int] = (),
+    back: Collection[int] = (),
+) -> Memory:
     """Memory of a program that takes all rows at once.
 
     Args:
         sizes: of every SSA value, in bytes. spikes: of a step that makes a tensor, and of one that adds to it.
         again: nothing is kept, what the gradients read is made again, and the result and the gradients count.
-        parts: operands whose gradients count because they are added up.
+        parts: operands whose gradients count because they are added up. back: because they are copied at the end.
     """
     heap, keep = _Heap(), () if again else work.read
     for value in work.turned:
@@ -165,7 +172,7 @@ def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: 
     ours: set[int] = set()
     for above, other, target, over, dead in work.backward(fresh):
         first = work.first(target)
-        counted = again or first >= work.count or target in parts
+        counted = again or first >= work.count or target in parts or target in back
         heap.run(spikes[first in ours](above, other, target, counted))
         if first not in ours:
             heap.add(("gradient", first), sizes[first] * counted)
@@ -191,7 +198,7 @@ def measure(plan: "Plan") -> Memory:
     """Memory of a plan's program."""
     if plan.tile is not None:
         return _tiled(plan)
-    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan))
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan), back=plan.turned_back)
 
 
 def part(plan: "Plan") -> Memory:
@@ -279,6 +286,8 @@ def _tiled(plan: "Plan") -> Memory:
 
     def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
+        for value in work.turned:
+            heap.add(value, sizes[value])
         for left, right, out in work.steps:
             if not rowwise[out]:
                 heap.run(make(left, right, out, True))
@@ -293,7 +302,7 @@ def _tiled(plan: "Plan") -> Memory:
     if not work.gradients:
         return Memory(0, first.peak, 0)
     spikes = forward(second, work.remade(()), ())
-    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), set()
+    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts, plan.turned_back), set()
     moved = []
     for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
@@ -330,8 +339,10 @@ def _tiled(plan: "Plan") -> Memory:
 class _WholeGradients:
     """Gradients of values without rows behind a loop over tiles: several of one value are joined in a new tensor, or added to that one."""
 
-    def __init__(self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int]) -> None:
-        self.work, self.heap, self.sizes, self.parts = work, heap, sizes, parts
+    def __init__(
+        self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int], back: Collection[int]
+    ) -> None:
+        self.work, self.heap, self.sizes, self.parts, self.back = work, heap, sizes, parts, back
         inside = Counter(work.first(target) for above, _, target in work.gradients if rowwise[above] and not rowwise[target])
         behind = {work.first(target) for above, _, target in work.gradients if not rowwise[above]}
         self.joins = {value: max(times - 1, int(value in behind)) for value, times in inside.items()}  # still to come
@@ -340,7 +351,7 @@ class _WholeGradients:
 
     def counted(self, value: int) -> bool:
         """Whether the next tensor for the gradient of a value is not the one that is returned."""
-        return value >= self.work.count or value in self.parts or self.joins.get(value, 0) > 0
+        return value >= self.work.count or value in self.parts or value in self.back or self.joins.get(value, 0) > 0
 
     def give(self, target: int) -> None:
         """Take one of the gradients of a value."""

@@ -51,8 +51,8 @@ def _of_trees(base: Plan) -> list[Plan]:
     size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
     job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
     found = []
-    again = [base.path] if base.turned else []  # without copies of operands
-    for path in dict.fromkeys([*again, *(path for _, path in ranked[0] + ranked[1])]):
+    straight = [base.path] if base.turned else []  # the same order without copies of operands
+    for path in dict.fromkeys(straight + [path for _, path in ranked[0] + ranked[1]]):
         orders = choose(path, job).orders
         found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=())))
     return found

@@ -44,7 +44,8 @@ class Work:
     Attributes:
         count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
             gradient is made). results: of the program.
-        same: values that are not computed → the one they equal. turned: operands that are copied first.
+        same: values that are not computed → the one they equal. turned: operands that are copied first. back: those whose
+            gradients are copied at the end.
     """
 
     count: int
@@ -53,6 +54,7 @@ class Work:
     results: tuple[int, ...]
     same: Mapping[int, int]
     turned: tuple[int, ...] = ()
+    back: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
@@ -60,7 +62,7 @@ class Work:
         steps = tuple((step.left, step.right, step.out) for step in plan.steps)
         gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
         same = {value: first for value, (first, _) in plan.same.items()}
-        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned)
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned, plan.turned_back)
 
     @classmethod
     def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
@@ -186,7 +188,7 @@ def whole(
             heap.run(2 * sizes[first])  # that one, and the sum
             heap.replace(("gradient", first), sizes[first])
         else:
-            counted = again or first >= work.count or target in parts
+            counted = again or first >= work.count or target in (*parts, *work.back)
             heap.run(spikes[first in ours](above, other, target, counted))
             if first not in ours:
                 heap.add(("gradient", first), sizes[first] * counted)
@@ -299,6 +301,8 @@ def _tiled(plan: "Plan") -> Memory:
 
     def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
+        for value in work.turned:
+            heap.add(value, sizes[value])
         for left, right, out in work.steps:
             if not rowwise[out]:
                 heap.run(make(left, right, out, True))
@@ -362,7 +366,7 @@ class _WholeGradients:
 
     def lasting(self, value: int) -> bool:
         """Whether the whole gradient of a value is not one that is returned."""
-        return value >= self.work.count or value in self.parts
+        return value >= self.work.count or value in (*self.parts, *self.work.back)
 
     def counted(self, value: int) -> bool:
         """The same of what a loop adds up for it."""

@@ -75,6 +75,8 @@ class Plan:
             raise PlanError(f"tile is {tile!r}, expected at least 2 rows, or None for all at once")
         if tile is not None and not all(value >= len(self.leaves) and ROWS in self.orders[value] for value in self.results):
             raise PlanError(f"tile is {tile} rows, but a result has no rows or is an operand; such a plan takes all rows at once")
+        if tile is not None and (turned := [self.terms[leaf].name for leaf in self.turned if ROWS in self.leaves[leaf]]):
+            raise PlanError(f"tile is {tile} rows, but {turned[0]!r} is copied for all rows at once")
 
     @functools.cached_property
     def size(self) -> Mapping[str, int]:
@@ -222,8 +224,18 @@ class Plan:
         copied then, as autograd copies none: where it is added up, it goes into the operand's own order."""
         if step.out >= len(self.leaves) or len(self.network.names) != len(self.terms):
             return False
-        order = step.pairing.natural(self.orders[step.out])
-        return all(is_run(order, dim, self.size) for dim in self.terms[step.out].dims)
+        return self._as_stored(step.out, step.pairing.natural(self.orders[step.out]))
+
+    @functools.cached_property
+    def turned_back(self) -> tuple[int, ...]:
+        """Operands whose gradients are copied from another memory order into their own at the end."""
+        steps = {step.out: step for step in self.backward_steps}
+        wrong = [leaf for leaf in self.turned if self.needs[leaf] and not self._as_stored(leaf, self.orders[leaf])]
+        return tuple(leaf for leaf in wrong if not self.viewed(steps[leaf]))
+
+    def _as_stored(self, leaf: int, order: Axes) -> bool:
+        """Whether a tensor in this memory order is a view of an operand's stored dimensions."""
+        return all(is_run(order, dim, self.size) for dim in self.terms[leaf].dims)
 
     def squares(self, left: int, right: int) -> bool:
         """Whether two values are one, axis by axis."""
@@ -316,6 +328,7 @@ class Plan:
         seconds += sum(self.turning(leaf) for leaf in self.turned if self.needs[leaf])  # the gradients, into the operands' own order
         if (self.tile or self.slices) and self.grad:
             seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
+            seconds += sum(map(self.turning, self.turned))
             seconds += slices.seconds(self, gradients=True)
         return seconds + self._streaming[1]
 

@@ -339,7 +339,7 @@ class Gradients:
                 self.writer.add(f"{before}.add_({now})")
                 return
             else:
-                total = self.writer.fresh()  # d{first} may be one that is still to come
+                total = made.name if made.name.startswith("d") else f"d{first}"  # another d{first} may still be to come
                 self.writer.add(f"{total} = {before} + {now}")
                 made, ours = Value(total, made.order, dims), True
         self.values[first] = made

@@ -11,13 +11,11 @@ made once and l is walked over instead.
 
 What bounds it, derived and not measured: x is read once for every group of k (K / BK times) and both cores once for every block of rows
 (N / BN times), mostly from the L2 cache. The accumulator, BK · BN · BL fp32 numbers, fills the registers, so at width 4096
-(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = 32 and BK = 16 read 1.1 GB from L2 (rank 4, BN = 32
-and BK = 8: 3.2 GB), where two products through global memory move 0.54 GB (1.3 GB). At width 1024 (32 each) it is 0.13 GB from L2 against
-0.13 GB through memory, half of which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays
-in L2: a machine table decides.
+(i = j = k = l = 64) neither count can be small. There z goes through L2 instead, panel by panel in one launch: `chain_panels`, taken
+where it moves clearly fewer bytes.
 
-Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with
-the roles of x, A and g, C exchanged.
+Gradients make z again, in either form. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is
+`_weight`; dA is dC with the roles of x, A and g, C exchanged.
 """
 
 import dataclasses
@@ -32,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tn.operators import Layout, Offer, OperatorError, Refusal, Region, register
-from tn_kernels import tuning
+from tn_kernels import chain_panels, tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
 from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
@@ -198,26 +196,24 @@ def _space(known: Sizes, weight: bool, width: int) -> tuple[Config, ...]:
     return tuple(found)
 
 
+def _moved(known: Sizes, weight: bool, cut: Config) -> int:
+    """Elements read, mostly from L2."""
+    n, i, j, r, k, l = (size for _, size in known)
+    again_k, again_l = ceil_div(k, cut["BK"]), ceil_div(l, cut["BL"])
+    if weight:
+        return again_k * again_l * n * i * j + ceil_div(i, cut["BI"]) * n * k * l
+    again = 1 if i <= cut["BI"] else again_l
+    return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
+
+
 @functools.lru_cache(maxsize=1024)
 def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
     """The cut that moves the fewest elements among those whose accumulators leave registers for everything else."""
-    n, i, j, r, k, l = (size for _, size in known)
-
-    def moved(cut: Config) -> int:
-        again_k, again_l = ceil_div(k, cut["BK"]), ceil_div(l, cut["BL"])
-        if weight:
-            return again_k * again_l * n * i * j + ceil_div(i, cut["BI"]) * n * k * l
-        again = 1 if i <= cut["BI"] else again_l
-        return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
-
-    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps. 32 Ki hardly do over sixteen
-    # (24 bytes) where z takes a quarter of that and no rank has to be turned; all others spill hundreds of bytes.
-    def calm(cut: Config) -> bool:
-        z = cut["BI"] * cut["BN"] * cut["BK"]
-        return _held(cut, weight) <= (1 << 15 if width == 2 and not weight and r == 1 and z <= 1 << 13 else 1 << 14)
-
+    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps (Triton 3.6: 88 bytes at width
+    # 1024, rank 4), and 32 Ki do over sixteen.
     space = _space(known, weight, width)
-    best = min([*filter(calm, space)] or space, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
+    calm = [cut for cut in space if _held(cut, weight) <= 1 << 14]
+    best = min(calm or space, key=lambda cut: (_moved(known, weight, cut), _held(cut, weight), cut["BJ"]))
     # Products in fp32 take no tensor cores: their operands stand in registers too.
     held = _held(best, weight)
     return dataclasses.replace(best, warps=16 if held > 1 << 14 else 8 if width > 2 or held > 1 << 13 else 4, stages=2)
@@ -228,6 +224,19 @@ def _cut(kernel: str, x: Tensor, sizes: dict[str, int]) -> Config:
     return tuning.cut(kernel, x, sizes, lambda: _heuristic(known, weight, width), lambda: _space(known, weight, width))
 
 
+def _in_panels(x: Tensor, sizes: dict[str, int], weight: bool) -> bool:
+    """Whether z goes through memory: where that moves clearly fewer bytes (that programs wait for each other is not in the count)."""
+    if not chain_panels.fits(sizes):
+        return False
+    if tuning.forced("chain_panels"):
+        return True
+    if x.element_size() > 2:  # products in fp32 take no tensor cores: traffic is not what bounds them
+        return False
+    known = tuple(sizes.items())
+    registers = _moved(known, weight, _heuristic(known, weight, x.element_size())) + (0 if weight else sizes["n"] * sizes["k"] * sizes["l"])
+    return 3 * chain_panels.moved(sizes, weight) < 2 * registers
+
+
 def _run(x: Tensor, a: Tensor, c: Tensor, y: Tensor) -> Tensor:
     """Fill y (n, k, l), of any strides."""
     sizes = _sizes(x, a, c)
@@ -235,6 +244,9 @@ def _run(x: Tensor, a: Tensor, c: Tensor, y: Tensor) -> Tensor:
         return y
     if not x.numel() or not a.numel() or not c.numel():
         return y.zero_()
+    if _in_panels(x, sizes, weight=False):
+        chain_panels.run(x, a, c, y, sizes)
+        return y
     cut = _cut("chain", x, sizes)
     whole = sizes["i"] <= cut["BI"]
     grid = (ceil_div(sizes["k"], cut["BK"]) * ceil_div(sizes["n"], cut["BN"]), 1 if whole else ceil_div(sizes["l"], cut["BL"]))
@@ -250,6 +262,10 @@ def _weight(x: Tensor, a: Tensor, g: Tensor, shape: Sequence[int], order: Sequen
     sizes = dict(zip("nijrkl", (*x.shape, *a.shape[2:], g.shape[2]), strict=True))
     if not x.numel() or not a.numel() or not g.numel():
         return x.new_zeros(shape)
+    if _in_panels(x, sizes, weight=True):
+        made = x.new_empty((chain_panels.panels(x, sizes), *shape), dtype=torch.float32)
+        chain_panels.run(x, a, g, made.permute(0, *(1 + place for place in order)), sizes, weight=True)
+        return made.sum(0).to(x.dtype)
     cut = _cut("chain_weight", x, sizes)
     cells = ceil_div(sizes["k"], cut["BK"]) * ceil_div(sizes["i"], cut["BI"])
     blocks_l = ceil_div(sizes["l"], cut["BL"])

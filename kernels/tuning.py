@@ -192,15 +192,17 @@ def read(file: Path) -> dict[str, Config]:
         return {key: _config(**row) for key, row in value["rows"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _warn_once(file, f"{type(error).__name__}: {error}")
         return {}
 
 
 def _config(blocks: dict[str, int], warps: int, stages: int) -> Config:
     numbers = (*blocks.values(), warps, stages)
-    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+    if not all(type(number) is int and number >= 1 for number in numbers):
         raise ValueError(f"blocks, warps and stages are integers of at least 1, got {numbers}")
+    if any(number & (number - 1) for number in (*blocks.values(), warps)):
+        raise ValueError(f"blocks and warps are powers of two, got {numbers[:-1]}")
     return Config(tuple(blocks.items()), warps, stages)
 
 

@@ -72,8 +72,8 @@ def _first(
 
 @triton.jit
 def _second(
-    z_ptr, c_ptr, y_ptr, row, rows, k, o_l, N, I, R, K, L, s_ck, s_ci, s_cr, s_cl, s_yn, s_yk, s_yl,
-    ROWS: tl.constexpr, BM: tl.constexpr, BIR: tl.constexpr, PRECISION: tl.constexpr,
+    z_ptr, c_ptr, y_ptr, bias_ptr, row, rows, k, o_l, N, I, R, K, L, s_ck, s_ci, s_cr, s_cl, s_yn, s_yk, s_yl, s_vk, s_vl,
+    ROWS: tl.constexpr, BM: tl.constexpr, BIR: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one panel for one k."""
     o_ir, m_l = tl.arange(0, BIR), (o_l < L)[None, :]
@@ -86,6 +86,8 @@ def _second(
         # Past the cache of the multiprocessor, which may hold what the slot had before.
         b_z = tl.load(z_ptr + (o_ir * K + k)[None, :] * ROWS + o_m[:, None], mask=m_ir[None, :], other=0.0, cache_modifier=".cg")
         y = tl.dot(b_z, b_c, input_precision=PRECISION)
+        if BIAS:
+            y += tl.load(bias_ptr + k * s_vk + o_l * s_vl, mask=o_l < L, other=0.0).to(tl.float32)[None, :]
         p_y = y_ptr + o_n[:, None] * s_yn + k * s_yk + o_l[None, :] * s_yl
         tl.store(p_y, y.to(y_ptr.dtype.element_ty), mask=(o_n < N)[:, None] & m_l, eviction_policy="evict_first")
 
@@ -112,10 +114,10 @@ def _second_weight(
 
 @triton.jit
 def _panels_kernel(
-    x_ptr, a_ptr, c_ptr, y_ptr, z_ptr, flag_ptr, panels, N, I, J, R, K, L,
-    s_xn, s_xi, s_xj, s_ai, s_aj, s_ar, s_ak, s_c1, s_c2, s_c3, s_c4, s_y1, s_y2, s_y3, s_y4, s_y5,
+    x_ptr, a_ptr, c_ptr, y_ptr, z_ptr, bias_ptr, flag_ptr, panels, N, I, J, R, K, L,
+    s_xn, s_xi, s_xj, s_ai, s_aj, s_ar, s_ak, s_c1, s_c2, s_c3, s_c4, s_y1, s_y2, s_y3, s_y4, s_y5, s_vk, s_vl,
     ROWS: tl.constexpr, AHEAD: tl.constexpr, RING: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BRK: tl.constexpr,
-    BIR: tl.constexpr, BL: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BIR: tl.constexpr, BL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Numbered strides are k i r l of C and n k l of y; with WEIGHT they are n k l of g, in the place of C, and panel k i r l of dC."""
     across, over = tl.cdiv(R * K, BRK), tl.cdiv(L, BL)
@@ -149,8 +151,8 @@ def _panels_kernel(
                 )  # fmt: skip
             else:
                 _second(
-                    p_z, c_ptr, y_ptr, row, rows, k, o_l, N, I, R, K, L, s_c1, s_c2, s_c3, s_c4, s_y1, s_y2, s_y3,
-                    ROWS, BM, BIR, PRECISION,
+                    p_z, c_ptr, y_ptr, bias_ptr, row, rows, k, o_l, N, I, R, K, L,
+                    s_c1, s_c2, s_c3, s_c4, s_y1, s_y2, s_y3, s_vk, s_vl, ROWS, BM, BIR, BIAS, PRECISION,
                 )  # fmt: skip
             _signal(read)
 
@@ -188,8 +190,8 @@ def moved(sizes: dict[str, int], weight: bool) -> int:
     return both + panels * (i * j * r * k + (4 if weight else 1) * k * i * r * l)  # parts of dC in fp32, written and read
 
 
-def run(x: Tensor, a: Tensor, c: Tensor, y: Tensor, sizes: dict[str, int], weight: bool = False) -> None:
-    """Fill y (n, k, l) from x (n, i, j), a (i, j, r, k) and c (k, i, r, l), of any strides.
+def run(x: Tensor, a: Tensor, c: Tensor, y: Tensor, sizes: dict[str, int], weight: bool = False, bias: Tensor | None = None) -> None:
+    """Fill y (n, k, l) from x (n, i, j), a (i, j, r, k), c (k, i, r, l) and bias (k, l), of any strides.
 
     With `weight`, c is g (n, k, l), and y (panels, k, i, r, l) gets a part of the sum over rows from each of the `panels`.
     """
@@ -197,10 +199,10 @@ def run(x: Tensor, a: Tensor, c: Tensor, y: Tensor, sizes: dict[str, int], weigh
     z, flags = x.new_empty(_scratch(sizes, cut)), torch.zeros(1 + 2 * count, dtype=torch.int32, device=x.device)
     of_panel = sizes["i"] * ceil_div(sizes["r"] * sizes["k"], cut["BRK"]) + sizes["k"] * ceil_div(sizes["l"], cut["BL"])
     launch(
-        _panels_kernel, ((count + cut["AHEAD"]) * of_panel,), x, a, c, y, z, flags, count, *sizes.values(),
-        *x.stride(), *a.stride(), *_padded(c.stride(), 4), *_padded(y.stride(), 5),
+        _panels_kernel, ((count + cut["AHEAD"]) * of_panel,), x, a, c, y, z, x if bias is None else bias, flags, count, *sizes.values(),
+        *x.stride(), *a.stride(), *_padded(c.stride(), 4), *_padded(y.stride(), 5), *((0, 0) if bias is None else bias.stride()),
         cut=cut, RING=cut["AHEAD"] + 2, BJ=block(sizes["j"], 16, MOST), BIR=block(sizes["i"] * sizes["r"], 16, MOST), WEIGHT=weight,
-        PRECISION=precision(x),
+        BIAS=bias is not None, PRECISION=precision(x),
     )  # fmt: skip
 
 

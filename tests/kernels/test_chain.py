@@ -33,6 +33,25 @@ def test_chain(name, dtype):
     check(chain, exact, (x, a, c), dtype, terms=i * j * r + n, stages=3)
 
 
+def with_bias(x, a, c, bias):
+    return exact(x, a, c) + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", [{}, {"chain_panels": config(ROWS=16, AHEAD=1, BM=16, BRK=16, BL=16)}], ids=("registers", "panels"))
+@pytest.mark.parametrize("whole", [True, False])
+def test_chain_with_bias(cut, whole, dtype):
+    i = 3 if whole else 70
+    tensors = strided(37, i, 7), strided(i, 7, 2, 6), strided(6, i, 2, 19), strided(6, 19, order=(1, 0), step=2)
+    with tuning.using(**cut):
+        check(chain, with_bias, tensors, dtype, terms=14 * i + 37, stages=3)
+
+
+def test_a_bias_alone():
+    """A sum over nothing is zero, and the bias is still added."""
+    check(chain, with_bias, (strided(3, 0, 2), strided(0, 2, 2, 4), strided(4, 0, 2, 5), strided(4, 5)), torch.float32, terms=10)
+
+
 def test_pieces_of_everything():
     """Blocks smaller than every axis: several groups of k, pieces of i and j, blocks of rows and l, parts of the weights' sum."""
     cut = config(BN=16, BI=4, BJ=16, BR=4, BK=4, BL=16)
@@ -155,7 +174,8 @@ def test_forward_mode_is_not_silently_zero():
 def test_opcheck(dtype):
     """float64 takes the torch path."""
     operands = [t.to(DEVICE, dtype).requires_grad_() for t in (strided(5, 2, 3, order=(2, 1, 0)), strided(2, 3, 2, 2), strided(2, 2, 2, 3))]
-    torch.library.opcheck(torch.ops.tn.chain.default, operands)
+    bias = operands[2][:, 0, 0].detach().requires_grad_() if dtype is torch.float32 else None
+    torch.library.opcheck(torch.ops.tn.chain.default, (*operands, bias))
 
 
 def test_wrong_shapes_and_dtypes():
@@ -164,3 +184,7 @@ def test_wrong_shapes_and_dtypes():
         chain(x, a, c[0])
     with pytest.raises(OperatorError, match="chain of torch.float32, torch.float32 and torch.float16: expected one dtype"):
         chain(x, a, c.half())
+    with pytest.raises(OperatorError, match="torch.float32, bias torch.float16: expected one dtype"):
+        chain(x, a, c, torch.ones(2, 3, device=DEVICE).half())
+    with pytest.raises(OperatorError, match=r"chain with bias \(3, 2\): expected \(2, 3\)"):
+        chain(x, a, c, torch.ones(3, 2, device=DEVICE))

@@ -125,6 +125,31 @@ def test_a_product_with_everything_around_it():
     torch.testing.assert_close(offer.run(a, b, bias, other).double(), want, rtol=1e-4, atol=1e-4)
 
 
+BIASED = {
+    "chain": region("b i j, i j r k, k i r l, k l", "b k l"),
+    "chain, operands in another order": region("k i r l, i j r k, b i j, k l", "b k l"),
+    "strided_gemm": region("b k i r, k i r l, k l", "b k l"),
+    "strided_gemm, the weight first": region("k j, b j, k", "b k"),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_is_offered(name):
+    case = dataclasses.replace(BIASED[name], options=(("bias", True),))
+    offer, (*tensors, bias) = answer(name.split(",")[0], case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    without = dataclasses.replace(case, operands=case.operands[:-1])
+    torch.testing.assert_close(offer.run(*tensors, bias).double(), exact(without, tensors) + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["chain", "strided_gemm"])
+def test_a_bias_that_is_not_along_columns_is_refused(operator):
+    spec = {"chain": "b i j, i j r k, k i r l, b l", "strided_gemm": "b j, j k, b k"}[operator]
+    case = dataclasses.replace(region(spec, "b k l" if operator == "chain" else "b k"), options=(("bias", True),))
+    refusal = answer(operator, case)
+    assert isinstance(refusal, Refusal) and "a bias along b" in refusal.reason
+
+
 def test_gated_offers():
     case = dataclasses.replace(region("b i j, i j k, k j i", "b k", orders=[[*"bij"], [*"kij"], [*"jik"]]), what="gated")
     refusal = answer("gated", case)

@@ -39,10 +39,13 @@ def frugal(base: Plan, limit: int | None) -> Plan:
     paths = [path for path in _trees(base) if path != base.path]
     ranked = [sorted((_least(base, path, measure), path) for path in paths)[:_LAID_OUT] for measure in ("saved", "peak")]
     plans = [base] if base.tile is None else [base, dataclasses.replace(base, tile=None)]
+    plans += [_laid_out(base, base.path)] if base.turned else []
     for _, path in ranked[0] + ranked[1]:
         if path not in [plan.path for plan in plans]:
             plans.append(_laid_out(base, path))
-    plans += [dataclasses.replace(plan, tile=tile) for plan in plans if plan.tile is None for tile in _tiles(plan)]
+    straight = [plan for plan in plans if not plan.turned]
+    straight += [dataclasses.replace(plan, tile=tile) for plan in straight if plan.tile is None for tile in _tiles(plan)]
+    plans = [*straight, *(plan for plan in plans if plan.turned)]
     able = plans if limit is None else slices.within(limit, plans, score)
     chosen = min(able, key=score)
     others = sorted({(plan.seconds, plan.path, plan.tile or 0) for plan in able if plan is not chosen})[:_SHOWN]

@@ -44,7 +44,7 @@ class Work:
     Attributes:
         count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
             gradient is made). results: of the program.
-        same: values that are not computed → the one they equal.
+        same: values that are not computed → the one they equal. turned: operands that are copied first.
     """
 
     count: int
@@ -52,6 +52,7 @@ class Work:
     gradients: tuple[tuple[int, int, int], ...]
     results: tuple[int, ...]
     same: Mapping[int, int]
+    turned: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
@@ -59,7 +60,7 @@ class Work:
         steps = tuple((step.left, step.right, step.out) for step in plan.steps)
         gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
         same = {value: first for value, (first, _) in plan.same.items()}
-        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same)
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned)
 
     @classmethod
     def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
@@ -72,17 +73,21 @@ class Work:
         """The value that is computed for this one."""
         return self.same.get(value, value)
 
+    def made(self, value: int) -> bool:
+        """Whether a value is made by the program: a step's result, or a copy of an operand."""
+        return value >= self.count or value in self.turned
+
     @functools.cached_property
     def read(self) -> tuple[int, ...]:
-        """The intermediates that the gradients read, in the order they are made."""
-        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.first(other) >= self.count}))
+        """The values made that the gradients read, in the order they are made."""
+        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.made(self.first(other))}))
 
     def remade(self, have: Collection[int]) -> set[int]:
         """The values to make again for the gradients by a backward pass that has some."""
         missing = {value for value in self.read if value not in have}
         for left, right, out in reversed(self.steps):
             if out in missing:
-                missing.update(v for v in map(self.first, (left, right)) if v >= self.count and v not in have)
+                missing.update(v for v in map(self.first, (left, right)) if self.made(v) and v not in have)
         return missing
 
     def forward(self, keep: Collection[int], only: Collection[int] | None = None) -> Iterator[tuple[int, int, int, list[int]]]:
@@ -91,7 +96,7 @@ class Work:
         ends = {self.first(value): place for place, (left, right, _) in enumerate(run) for value in (left, right)}
         for place, (left, right, out) in enumerate(run):
             over = place == len(run) - 1 and only is None  # what dies with the function need not be deleted
-            dead = [value for value, end in ends.items() if end == place and value >= self.count and value not in (*keep, *self.results)]
+            dead = [value for value, end in ends.items() if end == place and self.made(value) and value not in (*keep, *self.results)]
             yield left, right, out, [] if over else dead
 
     def backward(self, spent: Collection[int]) -> Iterator[tuple[int, int, int, list[int], list[int]]]:
@@ -139,6 +144,8 @@ def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: 
         parts: operands whose gradients count because they are added up.
     """
     heap, keep = _Heap(), () if again else work.read
+    for value in work.turned:
+        heap.add(value, sizes[value])
     for left, right, out, dead in work.forward(keep):
         counted = again or out not in work.results
         heap.run(spikes[0](left, right, out, counted))
@@ -149,6 +156,8 @@ def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: 
     saved = heap.now
     heap.run(0)
     fresh = work.remade(keep)
+    for value in fresh.intersection(work.turned):
+        heap.add(value, sizes[value])
     for left, right, out, dead in work.forward(work.read, fresh):
         heap.run(spikes[0](left, right, out, True))
         heap.add(out, sizes[out])
@@ -195,8 +204,11 @@ def _sizes(plan: "Plan") -> list[int]:
 
 
 def _spikes(plan: "Plan") -> tuple[Spike, Spike]:
+    viewed = {step.out for step in plan.backward_steps if plan.viewed(step)}
+
     def make(left: int, right: int, out: int, counted: bool) -> int:
-        return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted)
+        orders = _orders(plan, left, right, out)
+        return plan.itemsize * _new(plan.pairing(left, right, out), *orders, plan.step_size, counted, out in viewed)
 
     def add(left: int, right: int, out: int, counted: bool) -> int:
         return plan.itemsize * _added(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
@@ -223,10 +235,12 @@ def _made(copies: int, inner: int, result: int) -> int:
     return max(copies + inner, inner + result) if inner else copies + result
 
 
-def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], counted: bool) -> int:
-    """Most elements alive while a step writes a new tensor (Writer.product)."""
+def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], counted: bool, viewed: bool) -> int:
+    """Most elements alive while a step writes a new tensor (Writer.product), `viewed` where it is a view of the product."""
     (copies, inner), whole = _inner(p, left, right, sizes), volume(out, sizes)
     result = whole * counted
+    if viewed:
+        return _made(copies, inner, result)
     if p.kind == "multiply" or p.out == "strided":  # the result is there before its operands are copied
         return result + copies + inner
     if p.out == "copy":
@@ -284,7 +298,7 @@ def _tiled(plan: "Plan") -> Memory:
     for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
         if not rowwise[target]:
-            moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
+            moves = not _alike(plan.pairing(above, other, target).natural(order), order, plan.size)
             second.add(("gradient", target), sizes[target] * (gradients.counted(value) or moves))
             spikes.append(loop(_onto, above, other, target))
             moved.append((target, moves))
@@ -342,14 +356,6 @@ def _parts(plan: "Plan") -> list[int]:
     """Operands that are one tensor of several: their gradients are added up."""
     names = [term.name if value not in plan.same else "" for value, term in enumerate(plan.terms)]
     return [value for value, name in enumerate(names) if name and plan.needs[value] and names.count(name) > 1]
-
-
-def _natural(p: Pairing, out: Axes) -> Axes:
-    """The axes of a product in its own order."""
-    if p.kind in ("multiply", "dot"):
-        return out
-    outer, inner = (p.right, p.left) if p.swap else (p.left, p.right)
-    return (*outer, *inner) if p.batch_on == "operands" else (*p.batch, *outer, *inner)
 
 
 def _alike(first: Axes, second: Axes, sizes: Mapping[str, int]) -> bool:

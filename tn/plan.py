@@ -17,7 +17,7 @@ from tn.errors import PlanError
 from tn.machine import Machine
 from tn.network import Network
 from tn.order import Axes, Path
-from tn.pairing import Pairing, pair
+from tn.pairing import Pairing, is_run, pair, turning
 from tn.sharing import alike
 from tn.spec import ROWS, Term
 
@@ -41,7 +41,8 @@ class Plan:
     Attributes:
         network: what is contracted. sizes: (axis, size) pairs the plan was made for, dynamic axes included.
         grad: tensors that need a gradient. goal, search: as asked for.
-        path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step).
+        path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step); an operand in another order than
+            its own is copied into it before the first step.
         tile: rows worked on at a time, so that intermediates stay in cache; None to take all rows at once. With tiles, the backward
             pass makes the intermediates again instead of keeping them.
         machine: the table of rates behind the predicted times.
@@ -111,6 +112,15 @@ class Plan:
             return {}
         return alike(self.terms, self.leaves, self.path, self.orders[len(self.leaves) :], self.network.sizes)
 
+    @functools.cached_property
+    def turned(self) -> tuple[int, ...]:
+        """Operands that are copied into another memory order before the first step, once for all steps and gradients."""
+        return tuple(leaf for leaf, own in enumerate(self.leaves) if self.orders[leaf] != own and leaf not in self.same)
+
+    def turning(self, leaf: int) -> float:
+        """Predicted seconds of one such copy."""
+        return turning(self.leaves[leaf], self.orders[leaf], self.size, self.machine)
+
     def first(self, value: int) -> int:
         """The value that is computed for this one."""
         return self.same[value][0] if value in self.same else value
@@ -178,6 +188,14 @@ class Plan:
             for target, other in ((step.left, step.right), (step.right, step.left)):
                 if needs[target] and not (target == step.right and self.squares(target, other)):
                     yield Step(step.out, other, target, self.pairing(step.out, other, target))
+
+    def viewed(self, step: Step) -> bool:
+        """Whether a gradient step makes the gradient of an operand, the only one it gets, in an order of which that is a view. It is not
+        copied then, as autograd copies none: where it is added up, it goes into the operand's own order."""
+        if step.out >= len(self.leaves) or len(self.network.names) != len(self.terms):
+            return False
+        order = step.pairing.natural(self.orders[step.out])
+        return all(is_run(order, dim, self.size) for dim in self.terms[step.out].dims)
 
     def squares(self, left: int, right: int) -> bool:
         """Whether two values are one, axis by axis."""
@@ -252,13 +270,14 @@ class Plan:
     @property
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
-        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
+        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps) + sum(map(self.turning, self.turned))
         return seconds + self._streaming[0] + slices.seconds(self, gradients=False)
 
     @property
     def backward_seconds(self) -> float:
         """Predicted seconds of the gradients in `grad`; with tiles or slices, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
+        seconds += sum(self.turning(leaf) for leaf in self.turned if self.needs[leaf])  # the gradients, into the operands' own order
         if (self.tile or self.slices) and self.grad:
             seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
             seconds += slices.seconds(self, gradients=True)
@@ -275,7 +294,7 @@ class Plan:
     @property
     def copies(self) -> int:
         """Tensors copied, forward and needed gradients."""
-        return sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
+        return len(self.turned) + sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
 
     def flops_at(self, sizes: Mapping[str, int]) -> int:
         """FLOPs of the matrix products of one forward pass at other sizes; elementwise products are not matrix products."""

@@ -203,9 +203,10 @@ def best_of(
     were tried."""
     job, size = _job(network, sizes, grad, table), dict(sizes)
     leaves, output = job.task.inputs, job.task.output
+    plain = all(term.axes == axes for term, axes in zip(network.spec.operands, leaves, strict=True))
+    job = dataclasses.replace(job, turns=plain and len(network.names) == len(leaves))
     most = _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
     found: dict[Candidate, tuple[Axes, ...]] = {(*entry, 0): orders for entry, orders in _lay_out(trees, job, goal, most)}
-    plain = all(term.axes == axes for term, axes in zip(network.spec.operands, leaves, strict=True))
     tiles = [tile for tile in TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output and plain else []
     if tiles:
         moved = sum(streaming(leaves, [output], job.task.grads, size, table))

@@ -15,7 +15,7 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked
 _BIAS = "b0"
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbcegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -339,7 +339,7 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> dict[int,
     writer.prologue()
     if instead:
         _hand_over(writer, instead)
-    values = _leaves(writer)
+    values = _leaves(writer, plan.turned)
     work = memory.Work.of(plan, plan.needs)
     for step, (*_, dead) in zip(plan.steps, work.forward(plan.saved if strided else ()), strict=True):
         left, right, order = writer.value(values, step.left), writer.value(values, step.right), plan.orders[step.out]
@@ -372,9 +372,11 @@ def _reserved(name: str) -> bool:
     return keyword.iskeyword(name) or _OURS.fullmatch(name) is not None
 
 
-def _leaves(writer: Writer) -> dict[int, Value]:
+def _leaves(writer: Writer, turned: Collection[int]) -> dict[int, Value]:
+    """The operands, some of them copied into the memory order that the plan has for them."""
     plan = writer.plan
-    return {i: writer.leaf(term, plan.leaves[i]) for i, term in enumerate(plan.terms) if i not in plan.same}
+    values = {i: writer.leaf(term, plan.leaves[i]) for i, term in enumerate(plan.terms) if i not in plan.same}
+    return values | {i: writer.turn(values[i], plan.orders[i], f"c{i}") for i in turned}
 
 
 def _returned(writer: Writer, values: dict[int, Value]) -> list[str]:
@@ -397,7 +399,7 @@ def _woven_source(plan: Plan, parts: Sequence[regions.Part], biased: int | None 
     """The plain form in which operators run some parts; the last argument is a bias that the operator of this part takes too."""
     writer = Writer(plan)
     writer.prologue()
-    values, inside = _leaves(writer), {value for part in parts for value in part.values}
+    values, inside = _leaves(writer, plan.turned), {value for part in parts for value in part.values}
     ends = {part.values[-1]: (f"op_{i}", part) for i, part in enumerate(parts)}
     for step in plan.steps:
         order, name = plan.orders[step.out], f"v{step.out}"
@@ -435,9 +437,9 @@ def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> st
     writer.prologue()
     given = [f"gradient{i}" for i in range(len(plan.results))]
     _hand_over(writer, f"backward_tiled({', '.join([*given, *network.names])})")
-    values = {**_leaves(writer), **{value: made[value] for value in saved}}
     work = memory.Work.of(plan, need)
     again = work.remade(saved)
+    values = {**_leaves(writer, again.intersection(plan.turned)), **{value: made[value] for value in saved}}
     for left, right, out, dead in work.forward((*work.read, *saved), again):
         first, second = (writer.value(values, value) for value in (left, right))
         values[out] = writer.product(first, second, plan.orders[out], plan.pairing(left, right, out), f"v{out}", True)
@@ -462,12 +464,13 @@ def _hand_over(writer: Writer, call: str) -> None:
 
 def einsum_steps(plan: Plan) -> Iterator[tuple[str, int, int]]:
     """(equation, left, right) of every step in torch.einsum letters, at most 52 a step."""
+    orders = (*plan.leaves, *plan.orders[len(plan.leaves) :])  # no operand is copied into another one
     for step in plan.tree_steps:
-        axes = dict.fromkeys((*plan.orders[step.left], *plan.orders[step.right]))
+        axes = dict.fromkeys((*orders[step.left], *orders[step.right]))
         if len(axes) > len(string.ascii_letters):
             raise PlanError(f"a step has {len(axes)} axes, torch.einsum has {len(string.ascii_letters)} letters")
         letters = dict(zip(axes, string.ascii_letters, strict=False))
-        left, right, out = ("".join(letters[axis] for axis in plan.orders[value]) for value in (step.left, step.right, step.out))
+        left, right, out = ("".join(letters[axis] for axis in orders[value]) for value in (step.left, step.right, step.out))
         yield f"{left},{right}->{out}", step.left, step.right
 
 

@@ -1,6 +1,7 @@
 """A plan as the table that `print(plan)` shows."""
 
 from tn import order, regions
+from tn.cost import volume
 from tn.order import Path
 from tn.plan import Plan, Step
 
@@ -15,6 +16,10 @@ def table(plan: Plan) -> str:
         f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}",
     ]
     lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
+    for leaf in plan.turned:
+        size = 2e-6 * plan.itemsize * volume(plan.orders[leaf], plan.size)
+        times = f"{'':>10}{size:>9.2f}{1:>8}{plan.turning(leaf) * 1e6:>10.0f}"
+        lines.append(f"  {f'copy of {names[leaf]}':<28}{'copy':<18}{times}  {' '.join(plan.orders[leaf])}")
     for step in plan.steps:
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
         lines.append(_row(plan, title, step))

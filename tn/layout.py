@@ -28,7 +28,7 @@ class Job:
 
     Attributes:
         task: the operands, the result and the sizes of all axes. machine: prices the steps.
-        turns: whether an operand may be copied into another memory order before the first step, once for all steps and gradients.
+        turns: whether operands may be copied into another memory order before the first step, once for all steps and gradients.
         known: what was found out, because trees share subtrees.
     """
 
@@ -42,10 +42,17 @@ class Job:
         """A job for all rows at once, whose task compares trees by the seconds of their steps."""
         return cls(Task(inputs, output, sizes, grads, functools.partial(ideal, machine=machine)), machine)
 
+    def turning(self, value: int, order: Axes) -> float:
+        """Seconds of copying an operand into another memory order (again for the gradients of a program in tiles), and of turning its
+        gradient back."""
+        task = self.task
+        times = 1 + task.grads[value] + (task.tiles > 1 and any(task.grads))
+        return times * turning(task.inputs[value], order, task.sizes, self.machine)
+
     def tiled(self, tile: int) -> "Job":
         """The same with so many rows at a time."""
         sizes = self.task.sizes
-        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine)
+        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine, self.turns)
 
 
 class Layout(NamedTuple):
@@ -73,13 +80,12 @@ def choose(path: Path, job: Job) -> Layout:
     table = []
     for value, own in enumerate(inputs):
         costs: Costs = {own: (0.0, (), ())}
-        if job.turns and value in parent:
+        if job.turns and value in parent and not (job.task.tiles > 1 and ROWS in own):
             left, right, out = steps[parent[value]]
             sibling, needs = (right, weights[parent[value]][2]) if left == value else (left, weights[parent[value]][1])
-            if needs:  # it is read a second time, for the gradient of the other operand
-                for other in _turned(own, axes[sibling], out, output, job.task.sizes):
-                    seconds = turning(own, other, job.task.sizes, job.machine)
-                    costs[other] = seconds * (1 + job.task.grads[value]), (), ()  # its gradient is turned back
+            if needs or job.task.tiles > 1:  # it is read again, for the gradient of the other operand or by the next tile
+                others = _turned(own, axes[sibling], out, output, job.task.sizes)
+                costs |= {other: (job.turning(value, other), (), ()) for other in others}
         table.append(job.known.setdefault((value, *costs), costs))
     for number, (left, right, _) in enumerate(steps):
         value = count + number
@@ -116,7 +122,8 @@ def _turned(own: Axes, sibling: Axes, out: Axes, output: Axes, sizes: Mapping[st
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
     """Predicted seconds (see `choose`) of a tree in given memory orders."""
-    total, (_, weights) = 0.0, roles(path, job.task)
+    (_, weights), inputs = roles(path, job.task), job.task.inputs
+    total = sum([job.turning(value, order) for value, order in enumerate(orders[: len(inputs)]) if order != inputs[value]])
     for number, (left, right) in enumerate(path):
         lefts, rights = ({orders[value]: (0.0, (), ())} for value in (left, right))
         ((found, _, _),) = _best(lefts, rights, [orders[len(job.task.inputs) + number]], weights[number], _NO_FLOORS, job).values()

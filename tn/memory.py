@@ -44,7 +44,8 @@ class Work:
     Attributes:
         count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
             gradient is made). results: of the program.
-        same: values that are not computed → the one they equal. turned: operands that are copied first.
+        same: values that are not computed → the one they equal. turned: operands that are copied first. back: those whose
+            gradients are copied at the end.
     """
 
     count: int
@@ -53,6 +54,7 @@ class Work:
     results: tuple[int, ...]
     same: Mapping[int, int]
     turned: tuple[int, ...] = ()
+    back: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
@@ -60,7 +62,7 @@ class Work:
         steps = tuple((step.left, step.right, step.out) for step in plan.steps)
         gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
         same = {value: first for value, (first, _) in plan.same.items()}
-        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned)
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned, plan.turned_back)
 
     @classmethod
     def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
@@ -81,6 +83,16 @@ class Work:
     def read(self) -> tuple[int, ...]:
         """The values made that the gradients read, in the order they are made."""
         return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.made(self.first(other))}))
+
+    @functools.cached_property
+    def gradients_of(self) -> Counter[int]:
+        """How many gradients are made of each value that is computed, or given for it."""
+        return Counter([self.first(target) for *_, target in self.gradients] + list(self.results))
+
+    @property
+    def equal(self) -> set[int]:
+        """Values that are several results: the gradients given for them are added up."""
+        return {value for value in self.results if self.results.count(value) > 1}
 
     def remade(self, have: Collection[int]) -> set[int]:
         """The values to make again for the gradients by a backward pass that has some."""
@@ -135,13 +147,16 @@ class _Heap:
         self.add(name, size)
 
 
-def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
+def whole(
+    work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = (), tape: bool = False
+) -> Memory:
     """Memory of a program that takes all rows at once.
 
     Args:
         sizes: of every SSA value, in bytes. spikes: of a step that makes a tensor, and of one that adds to it.
         again: nothing is kept, what the gradients read is made again, and the result and the gradients count.
         parts: operands whose gradients count because they are added up.
+        tape: several gradients of one value are tensors of their own before they are added.
     """
     heap, keep = _Heap(), () if again else work.read
     for value in work.turned:
@@ -162,15 +177,22 @@ def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: 
         heap.run(spikes[0](left, right, out, True))
         heap.add(out, sizes[out])
         heap.drop(*dead)
-    ours: set[int] = set()
+    ours = {*work.equal} if work.gradients else set()
+    for value in ours:
+        heap.add(("gradient", value), sizes[value])
+        heap.run(sizes[value] * tape)
     for above, other, target, over, dead in work.backward(fresh):
         first = work.first(target)
-        counted = again or first >= work.count or target in parts
-        heap.run(spikes[first in ours](above, other, target, counted))
-        if first not in ours:
-            heap.add(("gradient", first), sizes[first] * counted)
-            heap.run(sizes[first] * (first in work.results))  # added to the gradient that was given
-        ours.add(first)
+        if tape and work.gradients_of[first] > 1:
+            heap.run(spikes[0](above, other, target, True))
+            heap.run(2 * sizes[first])  # that one, and the sum
+            heap.replace(("gradient", first), sizes[first])
+        else:
+            counted = again or first >= work.count or target in (*parts, *work.back)
+            heap.run(spikes[first in ours](above, other, target, counted))
+            if first not in ours:
+                heap.add(("gradient", first), sizes[first] * counted)
+            ours.add(first)
         heap.drop(*dead, *(("gradient", value) for value in over))
     heap.run(max((sizes[value] for value in parts), default=0) * (len(parts) > 2))
     return Memory(saved, forward, heap.peak)
@@ -191,7 +213,7 @@ def measure(plan: "Plan") -> Memory:
     """Memory of a plan's program."""
     if plan.tile is not None:
         return _tiled(plan)
-    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan))
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan), tape=not plan.worth_owning)
 
 
 def part(plan: "Plan") -> Memory:
@@ -279,6 +301,8 @@ def _tiled(plan: "Plan") -> Memory:
 
     def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
+        for value in work.turned:
+            heap.add(value, sizes[value])
         for left, right, out in work.steps:
             if not rowwise[out]:
                 heap.run(make(left, right, out, True))
@@ -293,8 +317,11 @@ def _tiled(plan: "Plan") -> Memory:
     if not work.gradients:
         return Memory(0, first.peak, 0)
     spikes = forward(second, work.remade(()), ())
-    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), set()
+    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), {*work.equal}
     moved = []
+    for value in ours:  # a tile's is made while that of the tile before is there
+        second.add(("gradient", value), sizes[value])
+        spikes.append(sizes[value])
     for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
         if not rowwise[target]:
@@ -319,35 +346,37 @@ def _tiled(plan: "Plan") -> Memory:
         if value in gradients.ours:
             second.run(add(above, other, target, True))
         else:
-            counted = gradients.counted(value)
+            counted = gradients.lasting(value)
             second.run(make(above, other, target, counted))
             second.add(("gradient", target), sizes[target] * counted)
-            gradients.give(target)
             gradients.ours.add(value)
     return Memory(0, first.peak, second.peak)
 
 
 class _WholeGradients:
-    """Gradients of values without rows behind a loop over tiles: several of one value are joined in a new tensor, or added to that one."""
+    """Gradients of values without rows behind a loop over tiles: several of one value are joined in one tensor."""
 
     def __init__(self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int]) -> None:
         self.work, self.heap, self.sizes, self.parts = work, heap, sizes, parts
         inside = Counter(work.first(target) for above, _, target in work.gradients if rowwise[above] and not rowwise[target])
         behind = {work.first(target) for above, _, target in work.gradients if not rowwise[above]}
-        self.joins = {value: max(times - 1, int(value in behind)) for value, times in inside.items()}  # still to come
+        self.joined = {value for value, times in inside.items() if times > 1 or value in behind}
         self.known: set[int] = set()
         self.ours: set[int] = set()  # that steps add to
 
+    def lasting(self, value: int) -> bool:
+        """Whether the whole gradient of a value is not one that is returned."""
+        return value >= self.work.count or value in (*self.parts, *self.work.back)
+
     def counted(self, value: int) -> bool:
-        """Whether the next tensor for the gradient of a value is not the one that is returned."""
-        return value >= self.work.count or value in self.parts or self.joins.get(value, 0) > 0
+        """The same of what a loop adds up for it."""
+        return self.lasting(value) or value in self.joined
 
     def give(self, target: int) -> None:
-        """Take one of the gradients of a value."""
+        """Take one of the gradients of a value; two are joined in a new tensor, to which others are added."""
         value = self.work.first(target)
-        if value in self.known:
-            self.joins[value] -= 1
-            self.heap.replace(("gradient", value), self.sizes[value] * self.counted(value))
+        if value in self.known and value not in self.ours:
+            self.heap.replace(("gradient", value), self.sizes[value] * self.lasting(value))
             self.ours.add(value)
         self.known.add(value)
 

@@ -148,6 +148,9 @@ class Prices:
         self.sizes = (_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n)
         self.streams = [machine.traffic(size) for size in self.sizes]
         self.fresh = machine.traffic(self.sizes[2], new=True) - self.streams[2]
+        size = _BYTES * h * m * n * k  # of an elementwise product, before its sum
+        self.elementwise = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams)
+        self.elementwise += self.fresh + machine.traffic(size) + machine.traffic(size, new=True)
         self.contracts = not {*left} <= {*out}
         self._known: dict[tuple[str, str, str], float] = {}
         self._products: dict[tuple[bool, str, str], tuple[str, float]] = {}
@@ -164,14 +167,17 @@ class Prices:
         """(form, kind, seconds) of the cheapest way; no form for elementwise products."""
         if not self.contracts:
             return None, "multiply", self._multiply(left, right, out)
-        best: tuple[Form | None, str, float] = (None, "dot", self._dot(left, right, out))
         if self.extents[:3] == (1, 1, 1):
-            return best
+            return None, "dot", self._dot(left, right, out)
+        best: tuple[Form | None, str, float] = (None, "dot", math.inf)
         for form in forms(left, right, out, self.tape, self.whole):
             kind, seconds = self._price(form)
             seconds += self.fresh
             if seconds < best[2]:
                 best = form, kind, seconds
+        if self.elementwise < best[2]:
+            seconds = self._dot(left, right, out)
+            best = (None, "dot", seconds) if seconds < best[2] else best
         return best
 
     def _price(self, form: Form) -> tuple[str, float]:
@@ -225,10 +231,7 @@ class Prices:
         """An elementwise product in the order of the larger operand, as a new tensor, and its sum over K."""
         machine, (h, m, n, k) = self.machine, self.extents
         large, other = (left, right) if self.sizes[0] >= self.sizes[1] else (right, left)
-        elements = h * m * n * k
-        size = _BYTES * elements
-        seconds = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams) + self.fresh
-        seconds += machine.traffic(size) + machine.traffic(size, new=True)
+        elements, seconds = h * m * n * k, self.elementwise
         together = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(large), reversed(other), strict=False))
         alone = itertools.takewhile(lambda atom: atom not in other, reversed(large))
         run = max(self._product("".join(atom for atom, _ in together)), self._product("".join(alone)))  # elements before a stride changes

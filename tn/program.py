@@ -64,7 +64,7 @@ class Program:
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan) if own is None else own:
+        if plan.worth_owning if own is None else own:
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -75,17 +75,29 @@ class Program:
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Any:
-        if _autocasting():
-            operands = tuple(autocast(operands))
-        fast = self.fast
-        if fast is None or see_through() or not fits_fast(operands):
-            if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
-                with torch.autocast("cpu", enabled=False):
-                    return _halved(self(*(operand.float() for operand in operands)))
-            return self.plain(*operands)
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            return _Owned.apply(self, *operands)
-        return fast(*operands)[0] if self.outputs == 1 else fast(*operands)[: self.outputs]
+        try:
+            if _autocasting():
+                operands = tuple(autocast(operands))
+            fast = self.fast
+            if fast is None or see_through() or not fits_fast(operands):
+                if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
+                    with torch.autocast("cpu", enabled=False):
+                        return _halved(self(*(operand.float() for operand in operands)))
+                return self.plain(*operands)
+            if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+                return _Owned.apply(self, *operands)
+            return fast(*operands)[0] if self.outputs == 1 else fast(*operands)[: self.outputs]
+        except (AttributeError, IndexError, TypeError):
+            self._refuse(operands)
+            raise
+
+    def _refuse(self, operands: Sequence[object]) -> None:
+        """Raise the error for operands that are too few, too many, or no tensors."""
+        if len(operands) != len(self.names):
+            raise OperatorError(f"the program takes {len(self.names)} tensors ({', '.join(self.names)}), got {len(operands)}")
+        for name, operand in zip(self.names, operands, strict=True):
+            if not isinstance(operand, Tensor):
+                raise OperatorError(f"operand {name!r} is a {type(operand).__name__}, expected a torch.Tensor")
 
     def backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated gradient function for the operands that need one."""
@@ -183,14 +195,6 @@ def fits_fast(operands: Sequence[Tensor]) -> bool:
     if not first.is_floating_point() or (first.device.type == "cpu" and first.dtype not in (torch.float32, torch.float64)):
         return False
     return all(operand.dtype is first.dtype for operand in operands)
-
-
-def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
-
-    Diagonals and sums of a single operand keep the tape."""
-    gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
-    return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
 
 
 class OperatorProgram(Program):
@@ -305,6 +309,8 @@ def compile(target: Network | Plan) -> Program:
     >>> f(torch.ones(4, 3), torch.ones(3, 2)).shape
     torch.Size([4, 2])
     """
+    if not isinstance(target, Network | Plan):
+        raise PlanError(f"tn.compile takes a network, such as tn.network(spec, sizes) gives, or a plan, got {target!r}")
     made = target if isinstance(target, Plan) else plan(target, grad=target.names)
     if made.slices:
         from tn.sliced import Sliced  # late: it builds on programs

@@ -41,7 +41,7 @@ def table(plan: Plan) -> str:
     for seconds, path, tile in plan.others:
         rows = "all rows at once" if tile is None else f"{tile} rows at a time"
         more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0
-        lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
+        lines.append(f"  not chosen: {_words(plan, path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
     if plan.floor:
         of = "the best of all orders" if plan.search == "auto" and len(plan.leaves) <= order.EXACT else "the best order found"
         gap = f"gap {100 * (plan.seconds / plan.floor - 1):.0f} %"
@@ -50,12 +50,12 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _words(path: Path, names: list[str]) -> str:
-    """A path as nested products of tensor names."""
-    values = names[: len(path) + 1]
+def _words(plan: Plan, path: Path, names: list[str]) -> str:
+    """A path as nested products of tensor names, one for each output."""
+    values = names[: len(plan.leaves)]
     for left, right in path:
         values.append(f"({values[left]} · {values[right]})")
-    return values[-1][1:-1] if path else values[-1]
+    return ", ".join(values[value][1:-1] if value >= len(plan.leaves) else values[value] for value in plan.results)
 
 
 def _row(plan: Plan, title: str, step: Step) -> str:

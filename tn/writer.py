@@ -332,9 +332,15 @@ class Gradients:
             made = made.renamed({mine: theirs for theirs, mine in self.plan.same[value][1].items()})
         if first in self.values:
             dims = tuple((axis,) for axis in made.order)
-            texts = [self.writer.view(part, dims) for part in (self.values[first], made)]
-            self.writer.add(f"d{first} = {' + '.join(texts)}")
-            made, ours = Value(f"d{first}", made.order, dims), True
+            before, now = (self.writer.view(part, dims) for part in (self.values[first], made))
+            if ours:
+                self.writer.add(f"{now}.add_({before})")
+            elif first in self._ours:
+                self.writer.add(f"{before}.add_({now})")
+                return
+            else:
+                self.writer.add(f"d{first} = {before} + {now}")
+                made, ours = Value(f"d{first}", made.order, dims), True
         self.values[first] = made
         self._ours |= {first} if ours else set()
 

@@ -12,6 +12,7 @@ from tn.contraction import Contraction
 from tn.errors import OperatorError, SizeError, StructureError, unknown
 from tn.experts import Experts
 from tn.network import Network
+from tn.program import added
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank, axes_of, positive
 
@@ -153,7 +154,7 @@ class StructuredLinear(Contraction):
         """What starts and rates go by: the network; of a gated structure, that of one expert."""
         return self.experts.single if self.experts is not None else self.network
 
-    def _contract(self, *inputs: Tensor) -> Tensor:
+    def _contract(self, *inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         (x,) = inputs
         if not isinstance(x, Tensor):
             raise OperatorError(f"input is a {type(x).__name__}, expected a torch.Tensor")
@@ -162,15 +163,17 @@ class StructuredLinear(Contraction):
         before, after = self._pads
         ordered = x[..., self.permutation] if self._extras and self.permutation is not None else x
         padded = nn.functional.pad(ordered, (0, before)) if before else ordered
+        if not after and not self._extras and self.experts is None:
+            return super()._contract(padded, bias=bias)
         result = self._routed(padded) if self.experts is not None else super()._contract(padded)
         result = result[..., : self.out_features] if after else result
         if not self._extras:
-            return result
+            return added(result, bias)
         result = result * self._gain().to(result.dtype) if self.clamp else result
         if self.shadow is not None and self.guidance is not None:
             ratio = self.guidance.to(result.dtype)
             result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
-        return result
+        return added(result, bias)
 
     def set_shadow(self, present: bool) -> None:
         """Add the dense twin of `tn.guide`, equal to the matrix and all of the output at first, or take it away."""

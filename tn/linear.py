@@ -8,13 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from tn import algebra, ops, structures, tracing
-from tn.contraction import Contraction
+from tn.clamp import factor, scaled
+from tn.contraction import Contraction, current_backend
 from tn.errors import OperatorError, SizeError, StructureError, unknown
 from tn.experts import Experts
-from tn.network import Network
+from tn.network import Network, network
+from tn.planner import plan
+from tn.program import program
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank, axes_of, positive
 
+_FULL = (torch.float32, torch.float64)
+_autocasting = torch._C._is_any_autocast_enabled
 INITS = ("mup", "standard", "normal")
 
 
@@ -107,6 +112,7 @@ class StructuredLinear(Contraction):
         self._balance: Tensor | None = None
         self._stds = self.start()
         self._pads = built.d_in - in_features, built.d_out - out_features
+        self._matrix_network = _of_matrix(built.network) if self._tiny and self.experts is None else None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         if self.clamp and gains:
@@ -153,6 +159,40 @@ class StructuredLinear(Contraction):
         """What starts and rates go by: the network; of a gated structure, that of one expert."""
         return self.experts.single if self.experts is not None else self.network
 
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if self._matrix_network is not None and torch.is_grad_enabled() and len(inputs) == 1 and isinstance(inputs[0], Tensor):
+            matrix = self._trained_matrix(inputs[0])
+            if matrix is not None:
+                (x,), bias = inputs, self.bias
+                if self._extras and self.permutation is not None:
+                    x = x[..., self.permutation]
+                return torch.addmm(bias, x, matrix) if x.dim() == 2 and bias is not None else nn.functional.linear(x, matrix.mT, bias)
+        return super().forward(*inputs)
+
+    def _trained_matrix(self, x: Tensor) -> Tensor | None:
+        """The matrix (in_features, out_features) of a tiny layer, whose every call then is one product and the fewest small operations;
+        None where something has to see the contraction, or the input is not what that takes."""
+        parameters, dtype = self._parameters, x.dtype
+        if dtype not in _FULL or not x.is_cpu or x.shape[-1:] != (self.in_features,) or self._hoisted is not None:
+            return None
+        cores = [parameters.get(name) for name in self.network.cores]
+        if any(core is None or core.dtype is not dtype for core in cores) or (self.bias is not None and self.bias.dtype is not dtype):
+            return None  # a parametrisation; a mistake that the contraction names
+        other = (self._extras and self.shadow is not None) or (current_backend() or self.backend) != "planned"
+        if other or torch.compiler.is_compiling() or _autocasting() or tracing.recording():
+            return None
+        run = self._programs.get(("matrix", dtype))
+        if run is None:
+            assert self._matrix_network is not None
+            made = plan(self._matrix_network, grad=self.network.cores, dtype=dtype)
+            run = self._programs["matrix", dtype] = program(made, "plain")
+        matrix: Tensor = run(*cores)
+        before, after = self._pads
+        matrix = matrix.narrow(0, 0, self.in_features) if before else matrix
+        matrix = matrix.narrow(1, 0, self.out_features) if after else matrix
+        return scaled(matrix, *self._clamped()) if self.clamp else matrix
+
     def _contract(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         if not isinstance(x, Tensor):
@@ -166,7 +206,7 @@ class StructuredLinear(Contraction):
         result = result[..., : self.out_features] if after else result
         if not self._extras:
             return result
-        result = result * self._gain().to(result.dtype) if self.clamp else result
+        result = scaled(result, *self._clamped()) if self.clamp else result
         if self.shadow is not None and self.guidance is not None:
             ratio = self.guidance.to(result.dtype)
             result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
@@ -192,19 +232,13 @@ class StructuredLinear(Contraction):
             self.experts.record(str(self.network.spec), result, math.prod(x.shape[:-1]), count, self.gate)
         return result
 
-    def _gain(self) -> Tensor:
-        """What the clamped cores together are of the stored ones: the map is linear in each core, so one number does.
+    def _clamped(self) -> tuple[list[float], Tensor | None, list[Tensor]]:
+        """What `tn.clamp` needs: the standard deviation each core starts with, the gains, the cores."""
+        return list(self._stds.values()), getattr(self, "gains", None), [getattr(self, name) for name in self._stds]
 
-        RMS clamp with gain of arXiv:2406.06248: M ← γ M / max(1, RMS(M) / σ), σ the standard deviation the core starts with."""
-        total = None
-        for name, std in self._stds.items():
-            core = getattr(self, name)
-            rms = (core.float() if core.dtype.itemsize < 4 else core).square().mean().add(1e-8).sqrt()
-            factor = (rms / std).clamp(min=1).reciprocal()
-            total = factor if total is None else total * factor
-        assert total is not None
-        gains = getattr(self, "gains", None)
-        return total if gains is None else total * gains.prod()
+    def _gain(self) -> Tensor:
+        """What the clamped cores together are of the stored ones."""
+        return factor(*self._clamped())
 
     def to_dense(self) -> Tensor:
         """The matrix (out_features, in_features), differentiable in the cores. Raises OperatorError where there is none (btt_moe)."""
@@ -349,6 +383,17 @@ def core_std(built: Built, std: float) -> float:
     terms = math.prod(sizes[axis] for axis in ranks)
     sparse = math.prod(sizes[axis] for axis in set(ins) & set(outs))
     return float((std * std * sparse / terms) ** (0.5 / len(built.network.cores)))
+
+
+def _of_matrix(net: Network) -> Network | None:
+    """The network of the matrix (in, out) alone; None where it has blocks of zeros."""
+    (_, ins), (_, outs) = net.term("x").dims, net.output.dims
+    shared = set(ins) & set(outs)
+    if any(net.sizes[axis] > 1 for axis in shared):
+        return None
+    sides = (" ".join(axis for axis in side if axis not in shared) or "1" for side in (ins, outs))
+    cores = ", ".join(str(net.term(name)) for name in net.cores)
+    return network(f"{cores} -> {' '.join(f'({side})' for side in sides)}", net.sizes, cores=net.cores)
 
 
 def _check_init(init: str, std: float | None) -> None:

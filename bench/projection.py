@@ -19,7 +19,7 @@ from tn.linear import core_std
 from tn.projection_svd import as_tensor
 from tn.structures.registry import Built
 
-# btt_norm's matrices are btt's, btt_moe is no linear map, and every matrix is dense.
+# btt_norm is projected as btt is, btt_moe as btt of rank 1 in every expert, and every matrix is dense.
 CASES: dict[str, dict[str, object]] = {"low_rank": {"rank": 16}, "tt": {"rank": 16}, "tt 3 cores": {"rank": 8, "cores": 3},
     "kronecker": {"rank": 4}, "kronecker 3 cores": {"rank": 4, "cores": 3}, "monarch": {}, "btt": {"rank": 2},
     "btt 3 cores": {"rank": 2, "cores": 3}, "block_diagonal": {}, "blast": {"rank": 48},

@@ -92,11 +92,9 @@ def _training(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _flops(layer: nn.Module, width: int) -> int:
-    """Of one row forward, 2 a multiply-add, cores applied in the order written; 0 where we do not know."""
+    """Of one row forward, 2 a multiply-add, cores applied in the order written, of experts those that run; 0 where we do not know."""
     if not isinstance(layer, tn.StructuredLinear):
         return 2 * width * width if isinstance(layer, nn.Linear) else 0
-    if layer.experts is not None:
-        return 2 * (layer.experts.active * tn.structures.macs(layer.reference) + layer.experts.count * width)
     return 2 * layer.built.macs
 
 

@@ -11,7 +11,7 @@ from tn import algebra, ops, structures, tracing
 from tn.clamp import factor, scaled
 from tn.contraction import Contraction, current_backend
 from tn.errors import OperatorError, SizeError, StructureError, unknown
-from tn.experts import Experts
+from tn.experts import Choice, Experts
 from tn.network import Network, network
 from tn.planner import plan
 from tn.program import program
@@ -89,7 +89,7 @@ class StructuredLinear(Contraction):
             raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one")
         _check_init(init, std)
         family = structures.get(structure)
-        options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
+        options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta, active=active)
         built = fit(family, in_features, out_features, options, match=match, budget=budget)
         super().__init__(
             str(built.network.spec),
@@ -104,12 +104,8 @@ class StructuredLinear(Contraction):
         self.structure, self.rank, self.factors = structure, built.rank, built.factors
         self.clamp = family.clamped if clamp is None else clamp
         self.init, self.std = init, std
-        if family.gated is None and active is not None:
-            raise StructureError(f"{structure} has no experts, got active={active!r}")
-        self.experts = (
-            Experts(built, family.gated, min(2, built.network.sizes[family.gated]) if active is None else active) if family.gated else None
-        )
-        self._balance: Tensor | None = None
+        self.experts = Experts(built) if family.gated else None
+        self._choice: Choice | None = None
         self._stds = self.start()
         self._pads = built.d_in - in_features, built.d_out - out_features
         self._matrix_network = _of_matrix(built.network) if self._tiny and self.experts is None else None
@@ -164,7 +160,7 @@ class StructuredLinear(Contraction):
         if self._matrix_network is not None and torch.is_grad_enabled() and len(inputs) == 1 and isinstance(inputs[0], Tensor):
             matrix = self._trained_matrix(inputs[0])
             if matrix is not None:
-                (x,), bias = inputs, self.bias
+                (x,), bias = inputs, self._parameters["bias"]
                 if self._extras and self.permutation is not None:
                     x = x[..., self.permutation]
                 return torch.addmm(bias, x, matrix) if x.dim() == 2 and bias is not None else nn.functional.linear(x, matrix.mT, bias)
@@ -174,10 +170,12 @@ class StructuredLinear(Contraction):
         """The matrix (in_features, out_features) of a tiny layer, whose every call then is one product and the fewest small operations;
         None where something has to see the contraction, or the input is not what that takes."""
         parameters, dtype = self._parameters, x.dtype
-        if dtype not in _FULL or not x.is_cpu or x.shape[-1:] != (self.in_features,) or self._hoisted is not None:
+        if dtype not in _FULL or not x.is_cpu or x.shape[-1:] != (self.in_features,):
             return None
-        cores = [parameters.get(name) for name in self.network.cores]
-        if any(core is None or core.dtype is not dtype for core in cores) or (self.bias is not None and self.bias.dtype is not dtype):
+        if self._hoisted is not None or "bias" not in parameters:
+            return None
+        cores, bias = [parameters.get(name) for name in self.network.cores], parameters["bias"]
+        if any(core is None or core.dtype is not dtype for core in cores) or (bias is not None and bias.dtype is not dtype):
             return None  # a parametrisation; a mistake that the contraction names
         other = (self._extras and self.shadow is not None) or (current_backend() or self.backend) != "planned"
         if other or torch.compiler.is_compiling() or _autocasting() or tracing.recording():
@@ -187,7 +185,7 @@ class StructuredLinear(Contraction):
             assert self._matrix_network is not None
             made = plan(self._matrix_network, grad=self.network.cores, dtype=dtype)
             run = self._programs["matrix", dtype] = program(made, "plain")
-        matrix: Tensor = run(*cores)
+        matrix: Tensor = run.plain(*cores)
         before, after = self._pads
         matrix = matrix.narrow(0, 0, self.in_features) if before else matrix
         matrix = matrix.narrow(1, 0, self.out_features) if after else matrix
@@ -223,9 +221,9 @@ class StructuredLinear(Contraction):
         """The contraction by the experts that the gate chooses for each row."""
         assert self.experts is not None
         cores = {name: getattr(self, name) for name in self.network.cores}
-        result, balance = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
+        result, choice = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
         if not torch.compiler.is_compiling():
-            self._balance = balance
+            self._choice = choice
         result = result.reshape(*x.shape[:-1], result.shape[-1])
         if tracing.recording():
             count = sum(parameter.numel() for parameter in self.parameters())
@@ -315,7 +313,7 @@ class StructuredLinear(Contraction):
         return layer
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_balance": None}  # belongs to one forward pass and its graph
+        return {**super().__getstate__(), "_choice": None}  # belongs to one forward pass and its graph
 
     def set_cores(self, cores: Mapping[str, Tensor]) -> None:
         """Copy values into the cores; gains become what makes the matrix exactly that of these cores."""

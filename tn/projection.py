@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from tn import structures
+from tn.algebra import features
 from tn.errors import ProjectionError
 from tn.linear import StructuredLinear
+from tn.network import Network
+from tn.program import compile
 from tn.projection_als import Fit
 from tn.projection_permute import search
 from tn.projection_svd import as_tensor, separable, split
@@ -49,7 +52,9 @@ class Projection:
 
     def to_dense(self) -> Tensor:
         """The matrix (out, in)."""
-        return self.layer().to_dense().detach()
+        core = next(iter(self.cores.values()))
+        with torch.no_grad():
+            return self.layer()(torch.eye(self.shape[1], dtype=core.dtype, device=core.device)).mT
 
 
 def project(
@@ -82,7 +87,9 @@ def project(
         sweeps: at most so many rounds of alternating least squares, where there is no closed form.
 
     Returns:
-        A Projection; exact to rounding where the structure contains the matrix. Computed in float64, cores in the weight's dtype.
+        A Projection; exact to rounding where the structure contains the matrix. Computed in float64, cores in the weight's dtype. Of
+        btt_norm the clamp changes nothing (the layer's gains make up for it); of btt_moe every expert is the nearest matrix, so that the
+        layer is linear, with this error, until training tells the experts apart.
 
     Raises:
         ProjectionError: a weight or Gram matrix that cannot be used. StructureError: options that cannot be.
@@ -99,22 +106,22 @@ def project(
     if energy is not None:
         shape: dict[str, Any] = dict(structure=structure, factors=factors, cores=cores, blocks=blocks, theta=theta)
         how: dict[str, Any] = dict(gram=gram, permute=permute, start=start, sweeps=sweeps)
-        if rank is not None or match is not None or "rank" not in family.takes:
+        if rank is not None or match is not None or "rank" not in family.takes or family.gated:
             raise ProjectionError(f"energy={energy} chooses the rank: leave out rank= and match=, and take a structure that has one")
         return _with_energy(weight, energy, family, options, lambda rank: project(weight, rank=rank, **shape, **how))
     built = fit(family, in_features, out_features, options, match=match, budget=budget)
-    if family.gated:
-        raise ProjectionError(f"{structure} is no linear map: which matrix it applies depends on the input")
+    one = dataclasses.replace(built, network=built.reference)  # of experts that are all alike: then no choice of the gate matters
     with torch.no_grad():
         whole = weight.detach().to(torch.float64)
         order = _order(whole, built) if permute else None
         if order is not None:
             whole, gram = whole[:, order], None if gram is None else gram[order][:, order]
         white = None if gram is None else _root(gram, in_features, whole)
-        found = _nearest(built, family, whole, white, start, sweeps)
+        found = _nearest(one, family, whole, white, start, sweeps)
         net = built.network
-        stored = {name: found[name].reshape(net.shape(name)).to(weight.dtype) for name in net.cores}
-        off = whole - _dense(built, stored)[:out_features, :in_features]
+        stored = {name: found[name].reshape(one.network.shape(name)).to(weight.dtype) for name in net.cores}
+        off = whole - _dense(one.network, stored)[:out_features, :in_features]
+        stored = {name: core.expand(net.shape(name)).contiguous() for name, core in stored.items()}
         norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
     error = norms[0] / norms[1] if norms[1] else norms[0]
     return Projection(structure, stored, net.sizes, order, error, 1 - error**2, built, (out_features, in_features))
@@ -177,9 +184,10 @@ def _given(built: Built, start: Mapping[str, Tensor], name: str, weight: Tensor)
     return start[name].detach().to(weight).reshape([net.sizes[axis] for axis in net.term(name).axes])
 
 
-def _dense(built: Built, cores: Mapping[str, Tensor]) -> Tensor:
-    layer = StructuredLinear.from_cores(built.structure, {name: core.to(torch.float64) for name, core in cores.items()})
-    return layer.to_dense().detach()
+def _dense(net: Network, cores: Mapping[str, Tensor]) -> Tensor:
+    """The matrix of the cores in float64, padding included."""
+    wide = [cores[name].to(torch.float64) for name in net.cores]
+    return compile(net)(torch.eye(features(net)[0], dtype=torch.float64, device=wide[0].device), *wide).mT
 
 
 def check_weight(weight: object) -> None:

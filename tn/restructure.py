@@ -412,5 +412,5 @@ def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float]:
                 if turn:
                     times.append(time.perf_counter() - begun)
     if isinstance(new, StructuredLinear):
-        new._balance = None  # of a pass that its model did not make
+        new._choice = None  # of a pass that its model did not make
     return statistics.median(samples[0]), statistics.median(samples[1])

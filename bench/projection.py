@@ -87,7 +87,8 @@ def fit_rows(case: str, kind: str, seeds: Iterable[int], steps: int, alone: floa
     """A row for each matrix of a kind: our time and error, and over those the fits'.
 
     Args:
-        seeds: numbers of the matrices. alone: seconds that fifteen fits take one by one: the time of the fits is this or that of the batch, whichever is less.
+        seeds: numbers of the matrices.
+        alone: seconds that fifteen fits take one by one: the time of the fits is this or that of the batch, whichever is less.
     """
     for seed in seeds:
         weight, times = matrix(kind, seed, SHAPE), []

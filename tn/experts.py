@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tn import tracing
+from tn.checks import check_model
 from tn.errors import StructureError
 from tn.network import Network, network
 from tn.planner import plan
@@ -110,6 +111,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     Raises:
         StructureError: no gated layer that has run.
     """
+    check_model(model)
     found = [module for module in model.modules() if getattr(module, "_choice", None) is not None]
     if not found:
         raise StructureError("no gated layer (structure='btt_moe') of the model has run yet")

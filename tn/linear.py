@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tn import algebra, ops, structures, tracing
+from tn.checks import check_flags, positive
 from tn.clamp import factor, scaled
 from tn.contraction import Contraction, current_backend
 from tn.errors import OperatorError, SizeError, StructureError, unknown
@@ -16,7 +17,7 @@ from tn.network import Network, network
 from tn.planner import plan
 from tn.program import program
 from tn.structures.budget import fit
-from tn.structures.registry import Built, Factors, Options, Rank, axes_of, positive
+from tn.structures.registry import Built, Factors, Options, Rank, axes_of
 
 _FULL = (torch.float32, torch.float64)
 _autocasting = torch._C._is_any_autocast_enabled
@@ -85,8 +86,11 @@ class StructuredLinear(Contraction):
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if not positive(size):
                 raise StructureError(f"{what} is {size!r}, expected an integer ≥ 1")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
-            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one")
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+        ):
+            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one of at least 16 bits")
+        check_flags(bias=bias, gains=gains, permuted=permuted, zero_init=zero_init, clamp=clamp is None or clamp)
         _check_init(init, std)
         family = structures.get(structure)
         options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta, active=active)
@@ -192,6 +196,8 @@ class StructuredLinear(Contraction):
         return scaled(matrix, *self._clamped()) if self.clamp else matrix
 
     def _contract(self, *inputs: Tensor) -> Tensor:
+        if len(inputs) != 1:
+            raise OperatorError(f"the layer takes one input, got {len(inputs)}")
         (x,) = inputs
         if not isinstance(x, Tensor):
             raise OperatorError(f"input is a {type(x).__name__}, expected a torch.Tensor")
@@ -220,6 +226,7 @@ class StructuredLinear(Contraction):
     def _routed(self, x: Tensor) -> Tensor:
         """The contraction by the experts that the gate chooses for each row."""
         assert self.experts is not None
+        self._check_alike([x, self.gate])
         cores = {name: getattr(self, name) for name in self.network.cores}
         result, choice = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
         if not torch.compiler.is_compiling():
@@ -282,6 +289,13 @@ class StructuredLinear(Contraction):
         net = algebra.sizes_of(structure, cores)
         d_in, d_out = algebra.features(net)
         ins, outs, ranks = ([net.sizes[axis] for axis in axes] for axes in axes_of(net))
+        if len({core.device for core in cores.values()}) > 1:
+            raise StructureError(f"cores are on the devices {', '.join(str(core.device) for core in cores.values())}, expected one")
+        for what, value in (("bias", bias), ("permutation", permutation)):
+            if value is not None and not isinstance(value, Tensor):
+                raise StructureError(f"{what} is a {type(value).__name__}, expected a torch.Tensor or None")
+        if permutation is not None and (permutation.is_floating_point() or permutation.is_complex()):
+            raise StructureError(f"permutation is {permutation.dtype}, expected integers")
         example = next(iter(cores.values()))
         layer = cls(
             d_in if in_features is None else in_features,
@@ -316,7 +330,16 @@ class StructuredLinear(Contraction):
         return {**super().__getstate__(), "_choice": None}  # belongs to one forward pass and its graph
 
     def set_cores(self, cores: Mapping[str, Tensor]) -> None:
-        """Copy values into the cores; gains become what makes the matrix exactly that of these cores."""
+        """Copy values into the cores; gains become what makes the matrix exactly that of these cores.
+
+        Raises:
+            StructureError: a name or a shape that is not a core's; cores beyond the clamp of a layer without gains.
+        """
+        for name, value in cores.items():
+            if name not in self.network.cores:
+                raise StructureError(unknown("core", name, self.network.cores))
+            if tuple(value.shape) != self.network.shape(name):
+                raise StructureError(f"core {name!r} has shape {tuple(value.shape)}, expected {self.network.shape(name)}")
         with torch.no_grad():
             for name, value in cores.items():
                 getattr(self, name).copy_(value)

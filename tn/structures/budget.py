@@ -5,10 +5,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+from tn.checks import positive
 from tn.errors import StructureError, unknown
 from tn.planner import DEFAULT_ROWS, plan
 from tn.structures.factors import splits
-from tn.structures.registry import ACTIVE, Built, Options, Structure, axes_of, get, positive
+from tn.structures.registry import ACTIVE, Built, Options, Structure, axes_of, get
 
 
 def _seconds(built: Built) -> float:
@@ -25,7 +26,7 @@ _COSTS: dict[str, Callable[[Built], float]] = {
 
 def cost(built: Built, match: str) -> float:
     """Parameters, multiply-adds a row, or predicted seconds of a training step of 1024 rows. Raises StructureError for another name."""
-    if match not in _COSTS:
+    if not isinstance(match, str) or match not in _COSTS:
         raise StructureError(unknown("match", match, _COSTS))
     return _COSTS[match](built)
 
@@ -73,6 +74,11 @@ def matching_width(structure: str, width: int, *, match: str = "flops", multiple
     >>> matching_width("btt", 64, multiple=16)
     144
     """
+    for what, value in (("width", width), ("multiple", multiple)):
+        if not positive(value):
+            raise StructureError(f"{what} is {value!r}, expected an integer ≥ 1")
+    if not isinstance(options, Options | None):
+        raise StructureError(f"options is {options!r}, expected tn.structures.Options")
     family = get(structure)
     most = cost(get("dense").build(width, width), match)
 

@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from tn.checks import positive
 from tn.errors import StructureError, unknown
 from tn.network import Network, network
 from tn.spec import ROWS
@@ -124,7 +124,7 @@ class Structure:
         self._check_taken(options)
         factors = options.factors
         if factors is None or factors == "compat":
-            factors = self.factors(d_in, d_out, options)
+            factors = self._checked_factors(self.factors(d_in, d_out, options), d_in, d_out)
         else:
             factors = self._checked_factors(factors, d_in, d_out)
             for name in ("blocks", "theta", *(["cores"] if options.cores != len(factors[0]) else [])):
@@ -212,7 +212,7 @@ def register(structure: Structure) -> None:
 
 def get(name: str) -> Structure:
     """The entry of a family. Raises StructureError naming the nearest one."""
-    if name not in _registry:
+    if not isinstance(name, str) or name not in _registry:
         raise StructureError(unknown("structure", name, _registry))
     return _registry[name]
 
@@ -220,11 +220,6 @@ def get(name: str) -> Structure:
 def names() -> tuple[str, ...]:
     """Names of all families, sorted."""
     return tuple(sorted(_registry))
-
-
-def positive(value: Any) -> bool:
-    """Whether a value is an integer ≥ 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def axes_of(net: Network) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

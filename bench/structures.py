@@ -101,6 +101,7 @@ def _flops(layer: nn.Module, width: int) -> int:
 def draw(rows: list[Row], path: Path) -> None:
     """Times faster than nn.Linear, a line for each layer and a mark for each width and number of rows."""
     from matplotlib.figure import Figure  # late: only when a picture is wanted
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     shown = [row for row in rows if row.ratio and not row.case.startswith("nn.Linear")]
     names = list(dict.fromkeys(row.case.rpartition(" ")[0] for row in shown))
@@ -114,6 +115,9 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.plot([row.ratio for row in points], places, mark, markersize=5, label=f"width {kind[0]}, {kind[1]} rows")
         axes.axvline(1, color="gray", linewidth=0.8)
         axes.set(xscale="log", xlabel="times faster than nn.Linear", title=what)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(names)), names)
         axes.grid(alpha=0.3)
     panels[0].invert_yaxis()

@@ -102,7 +102,7 @@ def coordinate_check(
             raise StructureError(f"{what} is {function!r}, expected a function")
     given = list(widths) if isinstance(widths, Iterable) else [widths]
     if len(set(given)) < 2 or not all(map(positive, (*given, steps, seeds))):
-        raise SizeError(f"needs two or more integer widths and at least one step and seed, got {widths=}, {steps=}, {seeds=}")
+        raise SizeError(f"needs two or more widths and at least one step and seed, all integers, got {widths=}, {steps=}, {seeds=}")
     sizes = tuple(sorted(set(given)))
     changes: dict[str, list[float]] = {}
     with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ from bench.networks import COUNT, RandomLayer, random_layers
 from bench.row import RESULTS, Row, append, wide_console
 from bench.timing import Timing, interleaved
 from tn import order
-from tn.machine import Machine, machine
+from tn.machine import Machine, _built_in, machine
 from tn.plan import Plan, leaf_axes
 from tn.planner import along
 
@@ -57,7 +57,7 @@ def _forget() -> None:
     """Clear every cache of the planner; the machine table stays loaded."""
     for name in ("tn.plan", "tn.planner", "tn.pairing", "tn.forms", "tn.layout", "tn.order", "tn.machine"):
         for value in vars(importlib.import_module(name)).values():
-            if hasattr(value, "cache_clear") and value is not machine:
+            if hasattr(value, "cache_clear") and value is not _built_in:
                 value.cache_clear()
 
 

@@ -81,7 +81,7 @@ def run_plan(plan: Plan, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     given = dict(zip(plan.network.names, arrays, strict=True))
     sizes = plan.network.bind([array.shape for array in arrays])
     values: list[np.ndarray] = []
-    for term, kept in zip(plan.terms, plan.leaves, strict=True):
+    for term, kept in zip(plan.terms, plan.orders, strict=False):
         values.append(_step([given[term.name].reshape([sizes[axis] for axis in term.axes])], [term.axes], kept))
     for step in plan.tree_steps:
         orders = [plan.orders[step.left], plan.orders[step.right]]

@@ -22,7 +22,7 @@ from tn.spec import ROWS
 BACKENDS = ("planned", "einsum", "triton")
 
 _TINY = 48 * 48  # elements of a matrix below which autograd over plain calls is faster than a Python function with a backward of its own
-_SMALL, _LARGE = (below for below, _ in ROW_RANGES[:2])
+_FEW, _SOME, _MANY = (below for below, _ in ROW_RANGES[:3])
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("tn.backend", default=None)
 
 
@@ -247,7 +247,7 @@ class Contraction(nn.Module):
         if lead is None:
             segment = self._cells.find(operands) if self._cells.groups else 0
         else:
-            segment = 0 if rows < _SMALL else 1 if rows < _LARGE else 2
+            segment = (0 if rows < _FEW else 1) if rows < _SOME else 2 if rows < _MANY else 3
         if self._hoisted is not None and grads is not None:
             hoisted = self._hoisted(stored, first.dtype, grads, segment)
             if hoisted is not None:

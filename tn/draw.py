@@ -128,9 +128,15 @@ def draw(net: Network, path: str | PathLike[str] | None, sizes: Mapping[str, int
 
 
 def check_path(path: object) -> None:
-    """Raise KindError for a path that is none."""
-    if path is not None and not isinstance(path, str | PathLike):
+    """Raise KindError for a path that is none, OperatorError for one where no file can be written."""
+    if path is None:
+        return
+    if not isinstance(path, str | PathLike):
         raise KindError(f"path is a {type(path).__name__}, expected a file to write to, or None")
+    if not str(path) or Path(path).is_dir():
+        raise OperatorError(f"cannot draw to {str(path)!r}, expected a file such as 'plan.png'")
+    if not Path(path).parent.is_dir():
+        raise OperatorError(f"cannot draw to {str(path)!r}: there is no folder {str(Path(path).parent)!r}")
 
 
 def saved(figure: Any, path: str | PathLike[str] | None) -> Any:

@@ -26,7 +26,7 @@ class Form(NamedTuple):
         swap: the product is taken as (N, K) × (K, M). out: "native", "strided" or "copy" (see tn.pairing.Pairing).
         copy_left, copy_right: operands that must be copied first.
         views: made for it. scattered: tensors of which an item of the batch is not one block of memory.
-        moves: see `_move`, for each tensor that is copied. reads: how the product's own operands lie in memory (see tn.machine).
+        moves: see `move`, for each tensor that is copied. reads: how the product's own operands lie in memory (see tn.machine).
     """
 
     batch: str
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     copy_right: bool
     views: int
     scattered: tuple[bool, bool, bool]
-    moves: tuple[tuple[str, str, str] | None, ...]
+    moves: tuple[tuple[str, str] | None, ...]
     reads: str
 
 
@@ -133,9 +133,9 @@ def _whole(orders: tuple[str, str, str], parts: tuple[str, ...], copies: tuple[b
         as_first, as_second = batch + outer + summed, batch + summed + inner
         views = 2 + (first != as_first) + (second != as_second)
         scattered = scattered_left, scattered_right, placed == "strided" and _scattered(out, batch)
-        move_first = _move(first, as_first) if copy_first else None
-        move_second = _move(second, as_second) if copy_second else None
-        move_out = _move(batch + outer + inner, out) if placed == "copy" else None
+        move_first = move(first, as_first) if copy_first else None
+        move_second = move(second, as_second) if copy_second else None
+        move_out = move(batch + outer + inner, out) if placed == "copy" else None
         moves = (move_second, move_first, move_out) if swap else (move_first, move_second, move_out)
         reads = _read(first, summed, outer, copy_first) + _read(second, inner, summed, copy_second)
         yield Form(batch, rows, columns, summed, "all", swap, placed, copy_left, copy_right, views, scattered, moves, reads)
@@ -167,8 +167,8 @@ def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], 
                 for swap, placed in _placements(out, on_out, m, n):
                     if placed == "copy":
                         continue
-                    move_left = _move(left, k + m if swap else m + k) if copy_left else None
-                    move_right = _move(right, n + k if swap else k + n) if copy_right else None
+                    move_left = move(left, k + m if swap else m + k) if copy_left else None
+                    move_right = move(right, n + k if swap else k + n) if copy_right else None
                     if swap:
                         reads = _read(right, k, n, copy_right) + _read(left, m, k, copy_left)
                     else:
@@ -185,14 +185,15 @@ def _only(group: str, order: str) -> str:
     return "".join([atom for atom in order if atom in group]) if len(group) > 1 else group
 
 
-def _move(source: str, target: str) -> tuple[str, str, str]:
-    """(the longest common end of two orders, the atoms that lie behind the target's last atom in the source, and the other way round)."""
+def move(source: str, target: str) -> tuple[str, str]:
+    """What decides how long a copy from one order into another takes: the atoms that both end with, a run, and those between runs that
+    were neighbours, in the target."""
     length = 0
     while length < len(source) and source[-1 - length] == target[-1 - length]:
         length += 1
-    if not target:
-        return "", "", ""
-    return source[len(source) - length :], source[source.index(target[-1]) + 1 :], target[target.index(source[-1]) + 1 :]
+    if length == len(source):
+        return source, ""
+    return source[len(source) - length :], target[target.index(source[-1 - length]) + 1 :]
 
 
 def _scattered(order: str, batch: str) -> bool:

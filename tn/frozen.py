@@ -1,7 +1,6 @@
 """Evaluation with frozen weights: where one dense product is faster, the matrix is made once and kept."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -85,7 +84,7 @@ class _Merged:
         planned = next(planned for below, planned in ROW_RANGES if rows < below)
         runs = plan(self.layer.network, rows=planned, dtype=x.dtype, device=x.device)
         table, calls = runs.machine, sum(step.pairing.kind != "mm" for step in runs.steps)
-        here = dataclasses.replace(runs, sizes=tuple({**runs.size, ROWS: rows}.items()))
+        here = runs.at({ROWS: rows})
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
         return dense < _CROWDED * here.forward_seconds + (_CALLS * calls + 1) * table.element  # one more: the bias
 
@@ -128,7 +127,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         model: in evaluation mode.
 
     Raises:
-        OperatorError: the model is in training mode.
+        OperatorError: the model is in training mode, or no module.
 
     >>> import torch, tn
     >>> layer = tn.StructuredLinear(64, 64, structure="btt", rank=4).eval()
@@ -136,6 +135,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     ...     layer(torch.ones(1, 64)).shape
     torch.Size([1, 64])
     """
+    if not isinstance(model, nn.Module):
+        raise OperatorError(f"tn.frozen takes a torch.nn.Module, got a {type(model).__name__}")
     if model.training:
         raise OperatorError("tn.frozen evaluates a model with frozen weights, this one is in training mode; call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, Contraction)]

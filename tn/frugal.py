@@ -8,7 +8,7 @@ from tn.errors import PlanError
 from tn.layout import Job, choose
 from tn.order import Path, every, steps_of, to_path
 from tn.plan import Plan, settled
-from tn.planner import TILES
+from tn.planner import TILES, joined, tiles_of
 from tn.spec import ROWS
 
 _EVERY = 5  # operands up to which every tree is looked at: 105
@@ -26,27 +26,45 @@ def frugal(base: Plan, limit: int | None) -> Plan:
     Raises:
         PlanError: no plan stays within the limit, or an operand is reduced before the first step, which no plan says the memory of.
     """
-    if len(base.results) > 1:
-        raise PlanError(f"memory_limit= and the goals 'peak' and 'saved' plan one output, this network has {len(base.results)}")
     if limit is not None and not base.plain_leaves:
-        terms = zip(base.network.spec.operands, base.leaves, strict=True)
-        name = next(term.name for term, axes in terms if term.axes != axes)
+        name = next(term.name for term, axes in zip(base.terms, base.leaves, strict=True) if term.axes != axes)
         raise PlanError(
             f"memory_limit= needs operands that go into the steps as they are: {name!r} has an axis that is repeated or summed alone"
         )
     if base.goal in ("time", "flops") and (limit is None or base.peak_bytes <= limit):
         return base
-    paths = [path for path in _trees(base) if path != base.path]
-    ranked = [sorted((_least(base, path, measure), path) for path in paths)[:_LAID_OUT] for measure in ("saved", "peak")]
     plans = [base] if base.tile is None else [base, dataclasses.replace(base, tile=None)]
-    for _, path in ranked[0] + ranked[1]:
-        if path not in [plan.path for plan in plans]:
-            plans.append(_laid_out(base, path))
-    plans += [dataclasses.replace(plan, tile=tile) for plan in plans if plan.tile is None for tile in _tiles(plan)]
+    plans += _of_outputs(base) if len(base.results) > 1 else _of_trees(base)
+    straight = [plan for plan in plans if not plan.turned]
+    straight += [dataclasses.replace(plan, tile=tile) for plan in straight if plan.tile is None for tile in tiles_of(plan)]
+    plans = [*straight, *(plan for plan in plans if plan.turned)]
     able = plans if limit is None else slices.within(limit, plans, score)
     chosen = min(able, key=score)
     others = sorted({(plan.seconds, plan.path, plan.tile or 0) for plan in able if plan is not chosen})[:_SHOWN]
     return dataclasses.replace(chosen, floor=base.floor, others=tuple((seconds, path, tile or None) for seconds, path, tile in others))
+
+
+def _of_trees(base: Plan) -> list[Plan]:
+    """Plans of the trees that can keep least, or have least alive at once."""
+    paths = [path for path in _trees(base) if path != base.path]
+    ranked = [sorted((_least(base, path, measure), path) for path in paths)[:_LAID_OUT] for measure in ("saved", "peak")]
+    size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
+    job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
+    found = []
+    straight = [base.path] if base.turned else []  # the same order without copies of operands
+    for path in dict.fromkeys(straight + [path for _, path in ranked[0] + ranked[1]]):
+        orders = choose(path, job).orders
+        found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=())))
+    return found
+
+
+def _of_outputs(base: Plan) -> list[Plan]:
+    """Plans of several outputs, of trees that are frugal for one of them by itself."""
+    choices = []
+    for part in base.parts:
+        found = [frugal(dataclasses.replace(part, goal=goal), None) for goal in ("saved", "peak")]
+        choices.append([part.path, *(plan.path for plan in found), *(path for plan in found for _, path, _ in plan.others)])
+    return joined(base, choices, score)
 
 
 def score(plan: Plan) -> tuple[float, float]:
@@ -55,21 +73,6 @@ def score(plan: Plan) -> tuple[float, float]:
     if found is None:
         found = plan.saved_bytes if plan.goal == "saved" else plan.peak_bytes
     return found, plan.seconds
-
-
-def _laid_out(base: Plan, path: Path) -> Plan:
-    size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
-    job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
-    orders = choose(path, job).orders
-    return settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=()))
-
-
-def _tiles(plan: Plan) -> list[int]:
-    """Tiles of rows that leave several of them, where an intermediate has rows."""
-    inner = any(ROWS in plan.orders[value] for value in plan.kept)
-    if not plan.machine.tiles or not inner or ROWS not in plan.orders[-1] or not plan.plain_leaves:
-        return []
-    return [tile for tile in sorted(TILES) if 2 * tile <= plan.size[ROWS]]
 
 
 def _least(base: Plan, path: Path, measure: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from tn.cost import volume
 from tn.forms import fuse
 from tn.machine import Machine
 from tn.order import Axes, Path, Task, Weights, roles, steps_of
-from tn.pairing import Prices, ideal
+from tn.pairing import Prices, ideal, is_run, turning
 from tn.spec import ROWS
 
 _ORDERS = 8  # orders of an intermediate that are tried
@@ -28,11 +28,13 @@ class Job:
 
     Attributes:
         task: the operands, the result and the sizes of all axes. machine: prices the steps.
+        turns: whether operands may be copied into another memory order before the first step, once for all steps and gradients.
         known: what was found out, because trees share subtrees.
     """
 
     task: Task
     machine: Machine
+    turns: bool = False
     known: dict[tuple, Costs] = field(default_factory=dict)
 
     @classmethod
@@ -40,10 +42,17 @@ class Job:
         """A job for all rows at once, whose task compares trees by the seconds of their steps."""
         return cls(Task(inputs, output, sizes, grads, functools.partial(ideal, machine=machine)), machine)
 
+    def turning(self, value: int, order: Axes) -> float:
+        """Seconds of copying an operand into another memory order (again for the gradients of a program in tiles), and of turning its
+        gradient back."""
+        task = self.task
+        times = 1 + task.grads[value] + (task.tiles > 1 and any(task.grads))
+        return times * turning(task.inputs[value], order, task.sizes, self.machine)
+
     def tiled(self, tile: int) -> "Job":
         """The same with so many rows at a time."""
         sizes = self.task.sizes
-        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine)
+        return Job(replace(self.task, sizes={**sizes, ROWS: tile}, tiles=sizes[ROWS] / tile), self.machine, self.turns)
 
 
 class Layout(NamedTuple):
@@ -68,7 +77,16 @@ def choose(path: Path, job: Job) -> Layout:
     axes = [*inputs, *(out for _, _, out in steps)]
     extents, weights = roles(path, job.task)
     floors = job.task.turns(extents).T.tolist()
-    table = [job.known.setdefault((t,), {t: (0.0, (), ())}) for t in inputs]
+    table = []
+    for value, own in enumerate(inputs):
+        costs: Costs = {own: (0.0, (), ())}
+        if job.turns and value in parent and not (job.task.tiles > 1 and ROWS in own):
+            left, right, out = steps[parent[value]]
+            sibling, needs = (right, weights[parent[value]][2]) if left == value else (left, weights[parent[value]][1])
+            if needs or job.task.tiles > 1:  # it is read again, for the gradient of the other operand or by the next tile
+                others = _turned(own, axes[sibling], out, output, job.task.sizes)
+                costs |= {other: (job.turning(value, other), (), ()) for other in others}
+        table.append(job.known.setdefault((value, *costs), costs))
     for number, (left, right, _) in enumerate(steps):
         value = count + number
         orders = [output] if value not in parent else _orders(value, steps, parent, axes, count, output)
@@ -91,9 +109,21 @@ def choose(path: Path, job: Job) -> Layout:
     return Layout(best[-1], tuple(chosen), tuple(excess))
 
 
+def _turned(own: Axes, sibling: Axes, out: Axes, output: Axes, sizes: Mapping[str, int]) -> Iterable[Axes]:
+    """Memory orders of an operand in which the step that takes it finds each group together: batch, then kept and summed axes."""
+    ranked = [axis for axis in dict.fromkeys((*sibling, *output, *own)) if axis in own]
+    batch = tuple([axis for axis in ranked if axis in sibling and axis in out])
+    kept = tuple([axis for axis in ranked if axis not in sibling])
+    summed = tuple([axis for axis in ranked if axis not in out])
+    if all(is_run(own, group, sizes) for group in (batch, kept, summed)) and not (batch and own[-1] in batch):
+        return ()
+    return dict.fromkeys(((*batch, *kept, *summed), (*batch, *summed, *kept)))
+
+
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:
     """Predicted seconds (see `choose`) of a tree in given memory orders."""
-    total, (_, weights) = 0.0, roles(path, job.task)
+    (_, weights), inputs = roles(path, job.task), job.task.inputs
+    total = sum([job.turning(value, order) for value, order in enumerate(orders[: len(inputs)]) if order != inputs[value]])
     for number, (left, right) in enumerate(path):
         lefts, rights = ({orders[value]: (0.0, (), ())} for value in (left, right))
         ((found, _, _),) = _best(lefts, rights, [orders[len(job.task.inputs) + number]], weights[number], _NO_FLOORS, job).values()
@@ -146,20 +176,26 @@ def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes]
     up_left, up_right, up_out = steps[parent[value]]
     sibling = up_right if up_left == value else up_left
     top = output if count + parent[value] not in parent else up_out
-    hints = [*(axes[sibling] if sibling < count else ()), *top]
-    hints += [axis for child in (left, right) if child < count for axis in axes[child]]
-    ranked = [axis for axis in dict.fromkeys((*hints, *out)) if axis in out]
+    above = [*(axes[sibling] if sibling < count else ()), *top]
+    below = [axis for child in (left, right) if child < count for axis in axes[child]]
 
     def group(axis: str) -> tuple[bool, bool, bool, bool]:
         return (axis in axes[left], axis in axes[right], axis in axes[sibling], axis in up_out)
 
-    atoms: dict[tuple, Axes] = {}
-    for axis in ranked:
-        atoms[group(axis)] = (*atoms.get(group(axis), ()), axis)
-    keys = sorted(atoms, key=lambda key: ranked.index(atoms[key][0]))
-
     limit = _ORDERS if left < count or right < count else _ORDERS_INNER
-    return [tuple(axis for place in order for axis in atoms[keys[place]]) for order in _least_broken(tuple(keys))[:limit]]
+    found: dict[Axes, None] = {}
+    tried: list[dict[tuple, Axes]] = []
+    for hints in ((*above, *below, *out), (*below, *above, *out)):
+        atoms: dict[tuple, Axes] = {}
+        for axis in dict.fromkeys(hints):
+            if axis in out:
+                atoms[group(axis)] = (*atoms.get(group(axis), ()), axis)
+        if atoms not in tried:  # the second time only where a group has another sequence
+            tried.append(atoms)
+            keys = tuple(atoms)
+            for order in _least_broken(keys)[:limit]:
+                found[tuple(axis for place in order for axis in atoms[keys[place]])] = None
+    return list(found)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from tn.structures import get
 from tn.structures.registry import Options
 
 Clock = Callable[[Callable[[], object]], float]
-WIDTHS, RANKS, ROWS_TIMED = (1024, 4096), (1, 4), (128, 2048)  # rows as layers plan for them, see tn.segments.ROW_RANGES
+WIDTHS, RANKS, ROWS_TIMED = (1024, 4096), (1, 4), (256, 2048)  # rows as layers plan for them, see tn.segments.ROW_RANGES
 
 
 def common(table: Machine, dtype: torch.dtype, device: torch.device) -> Iterator[Plan]:

@@ -44,7 +44,8 @@ class Work:
     Attributes:
         count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
             gradient is made). results: of the program.
-        same: values that are not computed → the one they equal.
+        same: values that are not computed → the one they equal. turned: operands that are copied first. back: those whose
+            gradients are copied at the end.
     """
 
     count: int
@@ -52,6 +53,8 @@ class Work:
     gradients: tuple[tuple[int, int, int], ...]
     results: tuple[int, ...]
     same: Mapping[int, int]
+    turned: tuple[int, ...] = ()
+    back: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
@@ -59,7 +62,7 @@ class Work:
         steps = tuple((step.left, step.right, step.out) for step in plan.steps)
         gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
         same = {value: first for value, (first, _) in plan.same.items()}
-        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same)
+        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned, plan.turned_back)
 
     @classmethod
     def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
@@ -72,17 +75,31 @@ class Work:
         """The value that is computed for this one."""
         return self.same.get(value, value)
 
+    def made(self, value: int) -> bool:
+        """Whether a value is made by the program: a step's result, or a copy of an operand."""
+        return value >= self.count or value in self.turned
+
     @functools.cached_property
     def read(self) -> tuple[int, ...]:
-        """The intermediates that the gradients read, in the order they are made."""
-        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.first(other) >= self.count}))
+        """The values made that the gradients read, in the order they are made."""
+        return tuple(sorted({self.first(other) for _, other, _ in self.gradients if self.made(self.first(other))}))
+
+    @functools.cached_property
+    def gradients_of(self) -> Counter[int]:
+        """How many gradients are made of each value that is computed, or given for it."""
+        return Counter([self.first(target) for *_, target in self.gradients] + list(self.results))
+
+    @property
+    def equal(self) -> set[int]:
+        """Values that are several results: the gradients given for them are added up."""
+        return {value for value in self.results if self.results.count(value) > 1}
 
     def remade(self, have: Collection[int]) -> set[int]:
         """The values to make again for the gradients by a backward pass that has some."""
         missing = {value for value in self.read if value not in have}
         for left, right, out in reversed(self.steps):
             if out in missing:
-                missing.update(v for v in map(self.first, (left, right)) if v >= self.count and v not in have)
+                missing.update(v for v in map(self.first, (left, right)) if self.made(v) and v not in have)
         return missing
 
     def forward(self, keep: Collection[int], only: Collection[int] | None = None) -> Iterator[tuple[int, int, int, list[int]]]:
@@ -91,7 +108,7 @@ class Work:
         ends = {self.first(value): place for place, (left, right, _) in enumerate(run) for value in (left, right)}
         for place, (left, right, out) in enumerate(run):
             over = place == len(run) - 1 and only is None  # what dies with the function need not be deleted
-            dead = [value for value, end in ends.items() if end == place and value >= self.count and value not in (*keep, *self.results)]
+            dead = [value for value, end in ends.items() if end == place and self.made(value) and value not in (*keep, *self.results)]
             yield left, right, out, [] if over else dead
 
     def backward(self, spent: Collection[int]) -> Iterator[tuple[int, int, int, list[int], list[int]]]:
@@ -130,15 +147,20 @@ class _Heap:
         self.add(name, size)
 
 
-def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = ()) -> Memory:
+def whole(
+    work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: bool = False, parts: Collection[int] = (), tape: bool = False
+) -> Memory:
     """Memory of a program that takes all rows at once.
 
     Args:
         sizes: of every SSA value, in bytes. spikes: of a step that makes a tensor, and of one that adds to it.
         again: nothing is kept, what the gradients read is made again, and the result and the gradients count.
         parts: operands whose gradients count because they are added up.
+        tape: several gradients of one value are tensors of their own before they are added.
     """
     heap, keep = _Heap(), () if again else work.read
+    for value in work.turned:
+        heap.add(value, sizes[value])
     for left, right, out, dead in work.forward(keep):
         counted = again or out not in work.results
         heap.run(spikes[0](left, right, out, counted))
@@ -149,19 +171,28 @@ def whole(work: Work, sizes: Sequence[int], spikes: tuple[Spike, Spike], again: 
     saved = heap.now
     heap.run(0)
     fresh = work.remade(keep)
+    for value in fresh.intersection(work.turned):
+        heap.add(value, sizes[value])
     for left, right, out, dead in work.forward(work.read, fresh):
         heap.run(spikes[0](left, right, out, True))
         heap.add(out, sizes[out])
         heap.drop(*dead)
-    ours: set[int] = set()
+    ours = {*work.equal} if work.gradients else set()
+    for value in ours:
+        heap.add(("gradient", value), sizes[value])
+        heap.run(sizes[value] * tape)
     for above, other, target, over, dead in work.backward(fresh):
         first = work.first(target)
-        counted = again or first >= work.count or target in parts
-        heap.run(spikes[first in ours](above, other, target, counted))
-        if first not in ours:
-            heap.add(("gradient", first), sizes[first] * counted)
-            heap.run(sizes[first] * (first in work.results))  # added to the gradient that was given
-        ours.add(first)
+        if tape and work.gradients_of[first] > 1:
+            heap.run(spikes[0](above, other, target, True))
+            heap.run(2 * sizes[first])  # that one, and the sum
+            heap.replace(("gradient", first), sizes[first])
+        else:
+            counted = again or first >= work.count or target in (*parts, *work.back)
+            heap.run(spikes[first in ours](above, other, target, counted))
+            if first not in ours:
+                heap.add(("gradient", first), sizes[first] * counted)
+            ours.add(first)
         heap.drop(*dead, *(("gradient", value) for value in over))
     heap.run(max((sizes[value] for value in parts), default=0) * (len(parts) > 2))
     return Memory(saved, forward, heap.peak)
@@ -182,7 +213,7 @@ def measure(plan: "Plan") -> Memory:
     """Memory of a plan's program."""
     if plan.tile is not None:
         return _tiled(plan)
-    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan))
+    return whole(Work.of(plan, plan.needs), _sizes(plan), _spikes(plan), parts=_parts(plan), tape=not plan.worth_owning)
 
 
 def part(plan: "Plan") -> Memory:
@@ -195,8 +226,11 @@ def _sizes(plan: "Plan") -> list[int]:
 
 
 def _spikes(plan: "Plan") -> tuple[Spike, Spike]:
+    viewed = {step.out for step in plan.backward_steps if plan.viewed(step)}
+
     def make(left: int, right: int, out: int, counted: bool) -> int:
-        return plan.itemsize * _new(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size, counted)
+        orders = _orders(plan, left, right, out)
+        return plan.itemsize * _new(plan.pairing(left, right, out), *orders, plan.step_size, counted, out in viewed)
 
     def add(left: int, right: int, out: int, counted: bool) -> int:
         return plan.itemsize * _added(plan.pairing(left, right, out), *_orders(plan, left, right, out), plan.step_size)
@@ -223,10 +257,12 @@ def _made(copies: int, inner: int, result: int) -> int:
     return max(copies + inner, inner + result) if inner else copies + result
 
 
-def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], counted: bool) -> int:
-    """Most elements alive while a step writes a new tensor (Writer.product)."""
+def _new(p: Pairing, left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], counted: bool, viewed: bool) -> int:
+    """Most elements alive while a step writes a new tensor (Writer.product), `viewed` where it is a view of the product."""
     (copies, inner), whole = _inner(p, left, right, sizes), volume(out, sizes)
     result = whole * counted
+    if viewed:
+        return _made(copies, inner, result)
     if p.kind == "multiply" or p.out == "strided":  # the result is there before its operands are copied
         return result + copies + inner
     if p.out == "copy":
@@ -265,6 +301,8 @@ def _tiled(plan: "Plan") -> Memory:
 
     def forward(heap: _Heap, made: Collection[int], given: Collection[int]) -> list[int]:
         """Everything without rows and the buffers of the values in `made`; what each step of the loop takes besides."""
+        for value in work.turned:
+            heap.add(value, sizes[value])
         for left, right, out in work.steps:
             if not rowwise[out]:
                 heap.run(make(left, right, out, True))
@@ -279,12 +317,15 @@ def _tiled(plan: "Plan") -> Memory:
     if not work.gradients:
         return Memory(0, first.peak, 0)
     spikes = forward(second, work.remade(()), ())
-    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), set()
+    gradients, ours = _WholeGradients(work, second, sizes, rowwise, parts), {*work.equal}
     moved = []
+    for value in ours:  # a tile's is made while that of the tile before is there
+        second.add(("gradient", value), sizes[value])
+        spikes.append(sizes[value])
     for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
         if not rowwise[target]:
-            moves = not _alike(_natural(plan.pairing(above, other, target), order), order, plan.size)
+            moves = not _alike(plan.pairing(above, other, target).natural(order), order, plan.size)
             second.add(("gradient", target), sizes[target] * (gradients.counted(value) or moves))
             spikes.append(loop(_onto, above, other, target))
             moved.append((target, moves))
@@ -305,35 +346,37 @@ def _tiled(plan: "Plan") -> Memory:
         if value in gradients.ours:
             second.run(add(above, other, target, True))
         else:
-            counted = gradients.counted(value)
+            counted = gradients.lasting(value)
             second.run(make(above, other, target, counted))
             second.add(("gradient", target), sizes[target] * counted)
-            gradients.give(target)
             gradients.ours.add(value)
     return Memory(0, first.peak, second.peak)
 
 
 class _WholeGradients:
-    """Gradients of values without rows behind a loop over tiles: several of one value are joined in a new tensor, or added to that one."""
+    """Gradients of values without rows behind a loop over tiles: several of one value are joined in one tensor."""
 
     def __init__(self, work: Work, heap: _Heap, sizes: Sequence[int], rowwise: Sequence[bool], parts: Collection[int]) -> None:
         self.work, self.heap, self.sizes, self.parts = work, heap, sizes, parts
         inside = Counter(work.first(target) for above, _, target in work.gradients if rowwise[above] and not rowwise[target])
         behind = {work.first(target) for above, _, target in work.gradients if not rowwise[above]}
-        self.joins = {value: max(times - 1, int(value in behind)) for value, times in inside.items()}  # still to come
+        self.joined = {value for value, times in inside.items() if times > 1 or value in behind}
         self.known: set[int] = set()
         self.ours: set[int] = set()  # that steps add to
 
+    def lasting(self, value: int) -> bool:
+        """Whether the whole gradient of a value is not one that is returned."""
+        return value >= self.work.count or value in (*self.parts, *self.work.back)
+
     def counted(self, value: int) -> bool:
-        """Whether the next tensor for the gradient of a value is not the one that is returned."""
-        return value >= self.work.count or value in self.parts or self.joins.get(value, 0) > 0
+        """The same of what a loop adds up for it."""
+        return self.lasting(value) or value in self.joined
 
     def give(self, target: int) -> None:
-        """Take one of the gradients of a value."""
+        """Take one of the gradients of a value; two are joined in a new tensor, to which others are added."""
         value = self.work.first(target)
-        if value in self.known:
-            self.joins[value] -= 1
-            self.heap.replace(("gradient", value), self.sizes[value] * self.counted(value))
+        if value in self.known and value not in self.ours:
+            self.heap.replace(("gradient", value), self.sizes[value] * self.lasting(value))
             self.ours.add(value)
         self.known.add(value)
 
@@ -342,14 +385,6 @@ def _parts(plan: "Plan") -> list[int]:
     """Operands that are one tensor of several: their gradients are added up."""
     names = [term.name if value not in plan.same else "" for value, term in enumerate(plan.terms)]
     return [value for value, name in enumerate(names) if name and plan.needs[value] and names.count(name) > 1]
-
-
-def _natural(p: Pairing, out: Axes) -> Axes:
-    """The axes of a product in its own order."""
-    if p.kind in ("multiply", "dot"):
-        return out
-    outer, inner = (p.right, p.left) if p.swap else (p.left, p.right)
-    return (*outer, *inner) if p.batch_on == "operands" else (*p.batch, *outer, *inner)
 
 
 def _alike(first: Axes, second: Axes, sizes: Mapping[str, int]) -> bool:

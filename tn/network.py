@@ -300,7 +300,12 @@ def network(spec: str | Spec, sizes: Mapping[str, int] | None = None, *, cores: 
     >>> network("x: ... i, w: i o -> ... o", dict(i=3, o=5), cores=("w",)).shape("w")
     (3, 5)
     """
-    parsed = parse(spec) if isinstance(spec, str) else spec
+    parsed = spec if isinstance(spec, Spec) else parse(spec)
+    for role, names in (("cores", cores), ("consts", consts)):
+        if not isinstance(names, Iterable):
+            raise SpecError(f"{role} is {names!r}, expected names of tensors")
+    if not isinstance(sizes, Mapping | Iterable | None):
+        raise SizeError(f"sizes is {sizes!r}, expected a size for each known axis, such as dict(i=3)")
     draft = Network(parsed, (), tuple(cores), tuple(consts))
     for name in (*draft.cores, *draft.consts):
         draft.term(name)

@@ -6,13 +6,14 @@ A value is a contiguous buffer with an axis order. A contraction C = A·B splits
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from tn.cost import step_flops, volume
-from tn.forms import Form, forms, fuse, groups
+from tn.forms import Form, forms, fuse, groups, move
 from tn.machine import Array, Machine
 from tn.order import Axes
 
@@ -35,6 +36,7 @@ class Pairing:
         out: "native" (the product's own order is the wanted one), "strided" (written through a strided view), "copy".
         copy_left, copy_right: operands that must be copied first.
         flops, bytes, copied: work of the step; `copied` counts the bytes of copied tensors. seconds: predicted.
+        whole: of a "dot" the axes of the elementwise product in the order it is written in, that of the larger operand.
     """
 
     kind: str
@@ -51,11 +53,21 @@ class Pairing:
     bytes: int
     copied: int
     seconds: float
+    whole: Axes = ()
 
     @property
     def copies(self) -> int:
         """Number of tensors this step copies."""
         return self.copy_left + self.copy_right + (self.out == "copy")
+
+    def natural(self, out: Axes) -> Axes:
+        """The axes of the result in the order that the product itself has, where it is wanted in the order `out`."""
+        if self.kind == "multiply":
+            return out
+        if self.kind == "dot":
+            return tuple(axis for axis in self.whole if axis in out)
+        outer, inner = (self.right, self.left) if self.swap else (self.left, self.right)
+        return (*outer, *inner) if self.batch_on == "operands" else (*self.batch, *outer, *inner)
 
 
 def is_run(order: Axes, group: Axes, sizes: Mapping[str, int]) -> bool:
@@ -96,14 +108,29 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
     form, kind, seconds = prices.cheapest(a, b, c)
     if form is None:
         h, m, n = (tuple(axis for axis in out if axis in group) for group in of[:3])
-        k = tuple(axis for axis in left if axis in of[3]) if kind == "dot" else ()
-        return Pairing(kind, h, m, n, k, "all", False, "native", False, False, flops, sum(volumes), 0, seconds)
+        if kind == "multiply":
+            return Pairing(kind, h, m, n, (), "all", False, "native", False, False, flops, sum(volumes), 0, seconds)
+        k = tuple(axis for axis in left if axis in of[3])
+        large, other = (left, right) if volumes[0] >= volumes[1] else (right, left)
+        whole = (*[axis for axis in other if axis not in large], *large)
+        native = [axis for axis in whole if axis in out and sizes[axis] != 1] == [axis for axis in out if sizes[axis] != 1]
+        return Pairing(kind, h, m, n, k, "all", False, "native" if native else "copy", False, False, flops, sum(volumes), 0, seconds, whole)
     ones = [tuple(axis for axis in sizes if sizes[axis] == 1 and axis in group) for group in of]
     parts = (form.batch, form.left, form.right, form.contracted)
     h, m, n, k = (tuple(axis for atom in part for axis in atoms[atom]) + one for part, one in zip(parts, ones, strict=True))
     copied = sum(size for size, copy in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), strict=True) if copy)
     moved = sum(volumes) + 2 * copied
     return Pairing(kind, h, m, n, k, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, flops, moved, copied, seconds)
+
+
+def turning(source: Axes, target: Axes, sizes: Mapping[str, int], machine: Machine) -> float:
+    """Seconds of copying a tensor from one memory order into another."""
+    atoms, (codes,) = fuse([(source, target)], sizes)
+    a, b = codes[source], codes[target]
+    if a == b:
+        return 0.0
+    length, apart = (math.prod([volume(atoms[atom], sizes) for atom in part]) for part in move(a, b))
+    return machine.reorder(_BYTES * volume(source, sizes), length, apart)
 
 
 class Prices:
@@ -121,10 +148,13 @@ class Prices:
         self.sizes = (_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n)
         self.streams = [machine.traffic(size) for size in self.sizes]
         self.fresh = machine.traffic(self.sizes[2], new=True) - self.streams[2]
+        size = _BYTES * h * m * n * k  # of an elementwise product, before its sum
+        self.elementwise = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams)
+        self.elementwise += self.fresh + machine.traffic(size) + machine.traffic(size, new=True)
         self.contracts = not {*left} <= {*out}
         self._known: dict[tuple[str, str, str], float] = {}
         self._products: dict[tuple[bool, str, str], tuple[str, float]] = {}
-        self._moves: dict[tuple[int, tuple[str, str, str]], float] = {}
+        self._moves: dict[tuple[int, tuple[str, str]], float] = {}
 
     def seconds(self, left: str, right: str, out: str) -> float:
         """Seconds of the cheapest way."""
@@ -137,14 +167,17 @@ class Prices:
         """(form, kind, seconds) of the cheapest way; no form for elementwise products."""
         if not self.contracts:
             return None, "multiply", self._multiply(left, right, out)
-        best: tuple[Form | None, str, float] = (None, "dot", self._dot(left, right, out))
         if self.extents[:3] == (1, 1, 1):
-            return best
+            return None, "dot", self._dot(left, right, out)
+        best: tuple[Form | None, str, float] = (None, "dot", math.inf)
         for form in forms(left, right, out, self.tape, self.whole):
             kind, seconds = self._price(form)
             seconds += self.fresh
             if seconds < best[2]:
                 best = form, kind, seconds
+        if self.elementwise < best[2]:
+            seconds = self._dot(left, right, out)
+            best = (None, "dot", seconds) if seconds < best[2] else best
         return best
 
     def _price(self, form: Form) -> tuple[str, float]:
@@ -160,9 +193,9 @@ class Prices:
         seconds += self.machine.view * form.views
         for stream, scattered in zip(self.streams, form.scattered, strict=True):
             seconds += stream * _SCATTER if scattered else stream
-        for which, move in enumerate(form.moves):
-            if move is not None:
-                seconds += self._move(which, move)
+        for which, parts in enumerate(form.moves):
+            if parts is not None:
+                seconds += self._move(which, parts)
         return kind, seconds
 
     def _product_seconds(self, form: Form, h: int, m: int, n: int, k: int) -> tuple[str, float]:
@@ -177,14 +210,11 @@ class Prices:
             seconds += machine.element + 2 * size / machine.multiply + machine.traffic(size) + machine.traffic(size, new=True)
         return kind, seconds
 
-    def _move(self, which: int, move: tuple[str, str, str]) -> float:
+    def _move(self, which: int, parts: tuple[str, str]) -> float:
         """Seconds of copying one of the three tensors."""
-        found = self._moves.get((which, move))
+        found = self._moves.get((which, parts))
         if found is None:
-            size, (length, stride, apart) = self.sizes[which], map(self._product, move)
-            blocks = _BYTES * stride if length == 1 else None
-            found = self.machine.element + self.machine.reorder(size, size // _BYTES // max(length, 1), blocks, apart)
-            self._moves[which, move] = found
+            found = self._moves[which, parts] = self.machine.reorder(self.sizes[which], *map(self._product, parts))
         return found
 
     def _multiply(self, left: str, right: str, out: str) -> float:
@@ -201,10 +231,7 @@ class Prices:
         """An elementwise product in the order of the larger operand, as a new tensor, and its sum over K."""
         machine, (h, m, n, k) = self.machine, self.extents
         large, other = (left, right) if self.sizes[0] >= self.sizes[1] else (right, left)
-        elements = h * m * n * k
-        size = _BYTES * elements
-        seconds = 2 * machine.element + (self.sizes[0] + self.sizes[1] + 2 * size) / machine.multiply + sum(self.streams) + self.fresh
-        seconds += machine.traffic(size) + machine.traffic(size, new=True)
+        elements, seconds = h * m * n * k, self.elementwise
         together = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(large), reversed(other), strict=False))
         alone = itertools.takewhile(lambda atom: atom not in other, reversed(large))
         run = max(self._product("".join(atom for atom, _ in together)), self._product("".join(alone)))  # elements before a stride changes
@@ -212,8 +239,8 @@ class Prices:
         ends = [*itertools.takewhile(lambda atom: (atom in out) == (large[-1] in out), reversed(large))]
         if self._product("".join(ends)) < _SHORT:  # of what is summed or kept, little lies together
             seconds += elements * machine.run
-        if "".join([atom for atom in large if atom in out]) != "".join([atom for atom in out if atom in large]):
-            seconds += machine.element + machine.reorder(self.sizes[2], self.sizes[2] // _BYTES)
+        if [atom for atom in (*[atom for atom in other if atom not in large], *large) if atom in out] != [*out]:
+            seconds += machine.reorder(self.sizes[2])
         return seconds
 
     def _product(self, part: str) -> int:

@@ -17,7 +17,7 @@ from tn.errors import PlanError
 from tn.machine import Machine
 from tn.network import Network
 from tn.order import Axes, Path
-from tn.pairing import Pairing, pair
+from tn.pairing import Pairing, is_run, pair, turning
 from tn.sharing import alike
 from tn.spec import ROWS, Term
 
@@ -41,7 +41,8 @@ class Plan:
     Attributes:
         network: what is contracted. sizes: (axis, size) pairs the plan was made for, dynamic axes included.
         grad: tensors that need a gradient. goal, search: as asked for.
-        path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step).
+        path: pairs of SSA values. orders: memory order of every SSA value (operands, then one a step); an operand in another order than
+            its own is copied into it before the first step.
         tile: rows worked on at a time, so that intermediates stay in cache; None to take all rows at once. With tiles, the backward
             pass makes the intermediates again instead of keeping them.
         machine: the table of rates behind the predicted times.
@@ -74,6 +75,8 @@ class Plan:
             raise PlanError(f"tile is {tile!r}, expected at least 2 rows, or None for all at once")
         if tile is not None and not all(value >= len(self.leaves) and ROWS in self.orders[value] for value in self.results):
             raise PlanError(f"tile is {tile} rows, but a result has no rows or is an operand; such a plan takes all rows at once")
+        if tile is not None and (turned := [self.terms[leaf].name for leaf in self.turned if ROWS in self.leaves[leaf]]):
+            raise PlanError(f"tile is {tile} rows, but {turned[0]!r} is copied for all rows at once")
 
     @functools.cached_property
     def size(self) -> Mapping[str, int]:
@@ -96,6 +99,23 @@ class Plan:
         return _results([len(part.spec.operands) for part in self.network.parts])
 
     @functools.cached_property
+    def parts(self) -> "tuple[Plan, ...]":
+        """A plan for each output by itself, of the same tree."""
+        if len(self.network.parts) == 1:
+            return (self,)
+        found, leaf, step = [], 0, len(self.leaves)
+        for part in self.network.parts:
+            count = len(part.spec.operands)
+            values = [*range(leaf, leaf + count), *range(step, step + count - 1)]
+            path = tuple((values.index(left), values.index(right)) for left, right in self.path[step - len(self.leaves) :][: count - 1])
+            cut = {"sizes": self.sizes, "slices": self.slices}
+            mine: dict[str, Any] = {key: tuple(pair for pair in pairs if pair[0] in part.axes) for key, pairs in cut.items()}
+            grad, orders = tuple(name for name in self.grad if name in part.names), tuple(self.orders[value] for value in values)
+            found.append(dataclasses.replace(self, network=part, grad=grad, path=path, orders=orders, others=(), **mine))
+            leaf, step = leaf + count, step + count - 1
+        return tuple(found)
+
+    @functools.cached_property
     def same(self) -> Mapping[int, tuple[int, Mapping[str, str]]]:
         """Values that are not computed: value → (the earlier value it equals, that one's axes → its own)."""
         return {
@@ -106,10 +126,19 @@ class Plan:
 
     @functools.cached_property
     def alike(self) -> dict[int, tuple[int, dict[str, str]]]:
-        """The same for values whose memory orders may differ."""
-        if len(self.network.names) == len(self.terms):
+        """The same for values whose memory orders may differ. Slices share nothing."""
+        if self.slices or len(self.network.names) == len(self.terms):
             return {}
         return alike(self.terms, self.leaves, self.path, self.orders[len(self.leaves) :], self.network.sizes)
+
+    @functools.cached_property
+    def turned(self) -> tuple[int, ...]:
+        """Operands that are copied into another memory order before the first step, once for all steps and gradients."""
+        return tuple(leaf for leaf, own in enumerate(self.leaves) if self.orders[leaf] != own and leaf not in self.same)
+
+    def turning(self, leaf: int) -> float:
+        """Predicted seconds of one such copy."""
+        return turning(self.leaves[leaf], self.orders[leaf], self.size, self.machine)
 
     def first(self, value: int) -> int:
         """The value that is computed for this one."""
@@ -132,8 +161,19 @@ class Plan:
 
     @property
     def slice_count(self) -> int:
-        """How many slices there are."""
-        return math.prod(-(-self.size[axis] // size) for axis, size in self.slices)
+        """How many slices run, those of every output counted."""
+        return sum(self._slice_counts)
+
+    @functools.cached_property
+    def _slice_counts(self) -> list[int]:
+        """How many slices each output is made in."""
+        return [math.prod(-(-self.size[axis] // size) for axis, size in self.slices if axis in part.axes) for part in self.network.parts]
+
+    @functools.cached_property
+    def _slices_of(self) -> list[int]:
+        """How often slices make each SSA value: operands once, others as often as there are slices of the output they are for."""
+        inner = [[count] * (len(part.spec.operands) - 1) for count, part in zip(self._slice_counts, self.network.parts, strict=True)]
+        return [*(1 for _ in self.leaves), *(count for counts in inner for count in counts)]
 
     @functools.cached_property
     def memory(self) -> memory.Memory:
@@ -179,6 +219,24 @@ class Plan:
                 if needs[target] and not (target == step.right and self.squares(target, other)):
                     yield Step(step.out, other, target, self.pairing(step.out, other, target))
 
+    def viewed(self, step: Step) -> bool:
+        """Whether a gradient step makes the gradient of an operand, the only one it gets, in an order of which that is a view. It is not
+        copied then, as autograd copies none: where it is added up, it goes into the operand's own order."""
+        if step.out >= len(self.leaves) or len(self.network.names) != len(self.terms):
+            return False
+        return self._as_stored(step.out, step.pairing.natural(self.orders[step.out]))
+
+    @functools.cached_property
+    def turned_back(self) -> tuple[int, ...]:
+        """Operands whose gradients are copied from another memory order into their own at the end."""
+        steps = {step.out: step for step in self.backward_steps}
+        wrong = [leaf for leaf in self.turned if self.needs[leaf] and not self._as_stored(leaf, self.orders[leaf])]
+        return tuple(leaf for leaf in wrong if not self.viewed(steps[leaf]))
+
+    def _as_stored(self, leaf: int, order: Axes) -> bool:
+        """Whether a tensor in this memory order is a view of an operand's stored dimensions."""
+        return all(is_run(order, dim, self.size) for dim in self.terms[leaf].dims)
+
     def squares(self, left: int, right: int) -> bool:
         """Whether two values are one, axis by axis."""
         return self.first(left) == self.first(right) and self.orders[left] == self.orders[right]
@@ -210,6 +268,13 @@ class Plan:
         """Intermediates that the forward pass keeps because the gradients in `grad` read them (with tiles, for few rows only)."""
         return memory.Work.of(self, self.needs).read
 
+    @functools.cached_property
+    def worth_owning(self) -> bool:
+        """Whether its program is worth a backward of its own: chains of plain matrix products gain nothing from one, others lose their
+        copies, tiled ones their traffic. Diagonals and sums of a single operand keep autograd's tape."""
+        gains = self.tile is not None or self.goal in ("peak", "saved") or self.copies > 0
+        return self.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*self.steps, *self.backward_steps)))
+
     @property
     def tree(self) -> Any:
         """The order as a `cotengra.ContractionTree`; its `contraction_cost()` counts multiply-adds, half of our FLOPs.
@@ -224,7 +289,7 @@ class Plan:
     def times(self, step: Step) -> float:
         """How often a step, or a gradient step, runs: once a tile if it has rows, once a slice."""
         rows = ROWS in self.orders[step.left] or ROWS in self.orders[step.right]
-        return self.size[ROWS] / self.tile if rows and self.tile else float(self.slice_count)
+        return self.size[ROWS] / self.tile if rows and self.tile else float(self._slices_of[max(step.left, step.out)])
 
     @property
     def flops(self) -> int:
@@ -242,7 +307,8 @@ class Plan:
         return self._flops(self.backward_steps)
 
     def _flops(self, steps: Iterable[Step]) -> int:
-        return self.slice_count * sum(step_flops(self.orders[step.left], self.orders[step.right], self.slice_size) for step in steps)
+        each = ((self._slices_of[max(step.left, step.out)], self.orders[step.left], self.orders[step.right]) for step in steps)
+        return sum(count * step_flops(left, right, self.slice_size) for count, left, right in each)
 
     @property
     def seconds(self) -> float:
@@ -252,15 +318,17 @@ class Plan:
     @property
     def forward_seconds(self) -> float:
         """Predicted seconds of one forward pass."""
-        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps)
+        seconds = sum(self.times(step) * step.pairing.seconds for step in self.steps) + sum(map(self.turning, self.turned))
         return seconds + self._streaming[0] + slices.seconds(self, gradients=False)
 
     @property
     def backward_seconds(self) -> float:
         """Predicted seconds of the gradients in `grad`; with tiles or slices, of making the intermediates again too."""
         seconds = sum(self.times(step) * step.pairing.seconds for step in self.backward_steps)
+        seconds += sum(self.turning(leaf) for leaf in self.turned if self.needs[leaf])  # the gradients, into the operands' own order
         if (self.tile or self.slices) and self.grad:
             seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
+            seconds += sum(map(self.turning, self.turned))
             seconds += slices.seconds(self, gradients=True)
         return seconds + self._streaming[1]
 
@@ -275,7 +343,13 @@ class Plan:
     @property
     def copies(self) -> int:
         """Tensors copied, forward and needed gradients."""
-        return sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
+        return len(self.turned) + sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
+
+    def at(self, sizes: Mapping[str, int]) -> "Plan":
+        """The plan as it runs at other sizes of some axes: no more rows than a tile are taken all at once."""
+        found = {**self.size, **sizes}
+        tile = self.tile if self.tile is not None and found[ROWS] > self.tile else None
+        return dataclasses.replace(self, sizes=tuple(found.items()), tile=tile)
 
     def flops_at(self, sizes: Mapping[str, int]) -> int:
         """FLOPs of the matrix products of one forward pass at other sizes; elementwise products are not matrix products."""

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import SupportsIndex
 
 import torch
 
 from tn import order, store
 from tn.documents import is_size
-from tn.errors import PlanError, SizeError, unknown
+from tn.errors import PlanError, SizeError, SpecError, unknown
 from tn.layout import Job, choose, price
 from tn.machine import Machine, machine
 from tn.network import Network
@@ -22,6 +24,7 @@ GOALS = ("time", "flops", "peak", "saved")
 TILES = (128, 64, 256, 512, 1024, 2048)  # rows worked on at a time that are tried, in the layout that is best for the first
 _SHARING = 512  # trees that are looked at for equal steps where a tensor is used twice
 _LAID_OUT = (8, 6, 4, 3)  # trees that get layouts: up to five operands, of six, of seven, of more
+_TOGETHER = 4  # trees of one of several outputs that are tried with those of the others, besides the ones that were laid out for it alone
 _SHOWN = 3  # plans not chosen that a plan remembers
 _TILED_BEST = 2  # the fastest of those that are tried with several tiles
 DEFAULT_ROWS = 1024  # size assumed for a dynamic axis when none is given
@@ -41,7 +44,7 @@ def plan(
     search: str = "auto",
     table: Machine | None = None,
     seed: int = 0,
-    memory_limit: int | None = None,
+    memory_limit: SupportsIndex | None = None,
 ) -> Plan:
     """Plan a network: a pure function of its arguments.
 
@@ -70,11 +73,20 @@ def plan(
         raise PlanError(f"table is {table!r}, expected a tn.Machine")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise PlanError(f"seed is {seed!r}, expected an integer")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise PlanError(f"device is {device!r}, expected a torch.device or the name of one, such as 'cpu' or 'cuda'") from None
+    if search not in order.SEARCHES:
+        raise PlanError(unknown("search", search, order.SEARCHES))
+    if not isinstance(grad, Iterable):
+        raise SpecError(f"grad is {grad!r}, expected names of tensors: {', '.join(network.names)}")
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise SizeError(f"sizes is {sizes!r}, expected a size for each axis, such as dict(i=3)")
     if goal not in GOALS:
         raise PlanError(unknown("goal", goal, GOALS))
-    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 0):
-        raise PlanError(f"memory_limit is {memory_limit!r}, expected a number of bytes ≥ 0, or None")
-    if memory_limit is not None and dtype not in (torch.float32, torch.float64):
+    limit = None if memory_limit is None else _bytes(memory_limit)
+    if limit is not None and dtype not in (torch.float32, torch.float64):
         raise PlanError(f"memory_limit= holds for float32 and float64, got {dtype}")
     wanted = {grad} if isinstance(grad, str) else set(grad)
     for name in wanted:
@@ -98,10 +110,21 @@ def plan(
         "table": table or machine(device, dtype),
         "seed": seed,
         "itemsize": dtype.itemsize,
-        "limit": memory_limit,
+        "limit": limit,
     }
     made = store.recall(asked, _frugal, Plan.from_json)
     return placed(made, dtype, torch.device(device).type)
+
+
+def _bytes(limit: SupportsIndex) -> int:
+    """A memory limit of any integral type, such as NumPy's."""
+    try:
+        found = -1 if isinstance(limit, bool) else operator.index(limit)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise PlanError(f"memory_limit is {limit!r}, expected a whole number of bytes ≥ 0, or None")
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,29 +162,44 @@ def _plan_outputs(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
     """A tree for each output: the best ones by themselves, then those that share more if that is faster; one tile for all."""
-    jobs, choices = [], []
+    choices: list[list[Path]] = []
+    leaves: list[Axes] = []
+    inner: list[Axes] = []
     for part in network.parts:
         mine = tuple((axis, extent) for axis, extent in sizes if axis in part.axes)
         alone = _plan(part, mine, tuple(name for name in grad if name in part.names), goal, search, table, seed)
-        jobs.append(_job(part, mine, alone.grad, table))
-        choices.append(list(dict.fromkeys([alone.path, *(path for _, path, _ in alone.others)])))
+        trees = order.search(_task(part, mine, alone.grad, goal, table), method=search, seed=seed)
+        choices.append([alone.path, *(path for _, path, _ in alone.others), *itertools.islice(trees.all(), _TOGETHER)])
+        leaves += alone.leaves
+        inner += alone.orders[len(alone.leaves) :]
+    path = _forest([choice[0] for choice in choices], [len(part.spec.operands) for part in network.parts])
+    return min(joined(Plan(network, sizes, grad, goal, search, path, (*leaves, *inner), None, table), choices, _cost), key=_cost)
+
+
+def joined(like: Plan, choices: Sequence[Iterable[Path]], cost: Callable[[Plan], tuple[float, float]]) -> list[Plan]:
+    """Plans of several outputs, with trees and tiles of their own.
+
+    Args:
+        like: for what. choices: trees of each output by itself; each output in turn takes the one that costs least with the others' trees.
+    """
+    jobs = [_job(plan.network, plan.sizes, plan.grad, like.machine) for plan in like.parts]
     counts = [len(job.task.inputs) for job in jobs]
 
     def made(paths: Sequence[Path], tile: int | None) -> Plan:
         orders = [choose(path, job.tiled(tile) if tile else job).orders for path, job in zip(paths, jobs, strict=True)]
         leaves = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[:count]]
         inner = [axes for chosen, count in zip(orders, counts, strict=True) for axes in chosen[count:]]
-        return settled(Plan(network, sizes, grad, goal, search, _forest(paths, counts), (*leaves, *inner), tile, table))
+        return settled(dataclasses.replace(like, path=_forest(paths, counts), orders=(*leaves, *inner), tile=tile))
 
-    paths = [choice[0] for choice in choices]
+    several = [list(dict.fromkeys(choice)) for choice in choices]
+    paths = [choice[0] for choice in several]
     plans = [made(paths, None)]
-    for place, choice in enumerate(choices):
+    for place, choice in enumerate(several):
         for path in choice[1:]:
             plans.append(made([*paths[:place], path, *paths[place + 1 :]], None))
-            if _cost(plans[-1]) <= min(map(_cost, plans)):
+            if cost(plans[-1]) <= min(map(cost, plans)):
                 paths[place] = path
-    plans += [made(paths, tile) for tile in (_tiles(plans[0]) if goal == "time" else ())]
-    return min(plans, key=_cost)
+    return plans + [made(paths, tile) for tile in (tiles_of(plans[0]) if like.goal != "flops" else ())]
 
 
 def _forest(paths: Sequence[Path], counts: Sequence[int]) -> Path:
@@ -179,9 +217,14 @@ def _forest(paths: Sequence[Path], counts: Sequence[int]) -> Path:
 def _plan(
     network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, search: str, table: Machine, seed: int
 ) -> Plan:
-    job = _job(network, sizes, grad, table)
-    task = dataclasses.replace(job.task, weigh=order.flops) if goal == "flops" else job.task
+    task = _task(network, sizes, grad, goal, table)
     return best_of(order.search(task, method=search, seed=seed), network, sizes, grad, goal, search, table)
+
+
+def _task(network: Network, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], goal: str, table: Machine) -> order.Task:
+    """What trees are searched for by a goal."""
+    task = _job(network, sizes, grad, table).task
+    return dataclasses.replace(task, weigh=order.flops) if goal == "flops" else task
 
 
 def along(network: Network, path: Path, sizes: tuple[tuple[str, int], ...], grad: tuple[str, ...], table: Machine) -> Plan:
@@ -203,9 +246,10 @@ def best_of(
     were tried."""
     job, size = _job(network, sizes, grad, table), dict(sizes)
     leaves, output = job.task.inputs, job.task.output
+    plain = all(term.axes == axes for term, axes in zip(network.spec.operands, leaves, strict=True))
+    job = dataclasses.replace(job, turns=plain and len(network.names) == len(leaves))
     most = _LAID_OUT[min(max(len(leaves) - 5, 0), len(_LAID_OUT) - 1)]
     found: dict[Candidate, tuple[Axes, ...]] = {(*entry, 0): orders for entry, orders in _lay_out(trees, job, goal, most)}
-    plain = all(term.axes == axes for term, axes in zip(network.spec.operands, leaves, strict=True))
     tiles = [tile for tile in TILES if 2 * tile <= size.get(ROWS, 0)] if table.tiles and ROWS in output and plain else []
     if tiles:
         moved = sum(streaming(leaves, [output], job.task.grads, size, table))
@@ -234,7 +278,7 @@ def _with_equal_steps(plan: Plan, trees: order.Trees, job: Job) -> Plan:
     for path in paths:
         whole = dataclasses.replace(plan, path=path, orders=choose(path, job).orders, tile=None)
         plans.append(settled(whole))
-        tiles = _tiles(whole)
+        tiles = tiles_of(whole)
         orders = choose(path, job.tiled(tiles[0])).orders if tiles else ()
         plans += [settled(dataclasses.replace(whole, orders=orders, tile=tile)) for tile in tiles]
     floor = min(plan.floor, ranked[0][0]) if plan.goal == "time" else 0.0
@@ -260,7 +304,7 @@ def _cost(plan: Plan) -> tuple[float, float]:
     return (flops, plan.seconds) if plan.goal == "flops" else (plan.seconds, flops)
 
 
-def _tiles(plan: Plan) -> list[int]:
+def tiles_of(plan: Plan) -> list[int]:
     """Tiles of rows to try: those that leave several of them, where that makes a difference: an intermediate has rows."""
     inner = any(ROWS in plan.orders[value] for value in plan.kept)
     outside = not all(ROWS in plan.orders[value] and value >= len(plan.leaves) for value in plan.results)

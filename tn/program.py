@@ -15,7 +15,7 @@ import math
 import re
 import string
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked
 
 # Variables and functions of generated code.
 _OURS = re.compile(
-    r"[vsdxbegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
+    r"[vsdxbcegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
 )
 
 
@@ -63,7 +63,7 @@ class Program:
         self.plain, self.plain_source = _load(plan, "plain", _plain_source(self._code))
         self.fast: Callable[..., tuple[Tensor, ...]] | None = None  # results, then what the gradient needs
         self._backwards: dict[tuple[bool, ...], Callable[..., tuple[Tensor | None, ...]]] = {}
-        if _worth_owning(plan) if own is None else own:
+        if plan.worth_owning if own is None else own:
             self.fast, self.fast_source = _load(plan, "fast", _fast_source(self._code))
 
     @property
@@ -74,17 +74,29 @@ class Program:
         return f"{self.fast_source}\n{_backward_source(self._code, [name in self.plan.grad for name in self.names])}"
 
     def __call__(self, *operands: Tensor) -> Any:
-        if _autocasting():
-            operands = tuple(autocast(operands))
-        fast = self.fast
-        if fast is None or see_through() or not fits_fast(operands):
-            if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
-                with torch.autocast("cpu", enabled=False):
-                    return _halved(self(*(operand.float() for operand in operands)))
-            return self.plain(*operands)
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            return _Owned.apply(self, *operands)
-        return fast(*operands)[0] if self.outputs == 1 else fast(*operands)[: self.outputs]
+        try:
+            if _autocasting():
+                operands = tuple(autocast(operands))
+            fast = self.fast
+            if fast is None or see_through() or not fits_fast(operands):
+                if operands[0].dtype is _HALF and operands[0].device.type == "cpu":  # whose half products are 10 to 30 times slower
+                    with torch.autocast("cpu", enabled=False):
+                        return _halved(self(*(operand.float() for operand in operands)))
+                return self.plain(*operands)
+            if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+                return _Owned.apply(self, *operands)
+            return fast(*operands)[0] if self.outputs == 1 else fast(*operands)[: self.outputs]
+        except (AttributeError, IndexError, TypeError):
+            self._refuse(operands)
+            raise
+
+    def _refuse(self, operands: Sequence[object]) -> None:
+        """Raise the error for operands that are too few, too many, or no tensors."""
+        if len(operands) != len(self.names):
+            raise OperatorError(f"the program takes {len(self.names)} tensors ({', '.join(self.names)}), got {len(operands)}")
+        for name, operand in zip(self.names, operands, strict=True):
+            if not isinstance(operand, Tensor):
+                raise OperatorError(f"operand {name!r} is a {type(operand).__name__}, expected a torch.Tensor")
 
     def backward(self, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor | None, ...]]:
         """The generated gradient function for the operands that need one."""
@@ -184,14 +196,6 @@ def fits_fast(operands: Sequence[Tensor]) -> bool:
     return all(operand.dtype is first.dtype for operand in operands)
 
 
-def _worth_owning(plan: Plan) -> bool:
-    """Chains of plain matrix products gain nothing from a backward of our own; others lose their copies, tiled ones their traffic.
-
-    Diagonals and sums of a single operand keep the tape."""
-    gains = plan.tile is not None or plan.goal in ("peak", "saved") or plan.copies > 0
-    return plan.plain_leaves and (gains or any(step.pairing.kind != "mm" for step in (*plan.steps, *plan.backward_steps)))
-
-
 class OperatorProgram(Program):
     """Runs a Plan with operators in place of some of its steps; as the plan alone wherever they do not run.
 
@@ -284,6 +288,8 @@ def compile(target: Network | Plan) -> Program:
     >>> f(torch.ones(4, 3), torch.ones(3, 2)).shape
     torch.Size([4, 2])
     """
+    if not isinstance(target, Network | Plan):
+        raise PlanError(f"tn.compile takes a network, such as tn.network(spec, sizes) gives, or a plan, got {target!r}")
     made = target if isinstance(target, Plan) else plan(target, grad=target.names)
     if made.slices:
         from tn.sliced import Sliced  # late: it builds on programs
@@ -318,7 +324,7 @@ def _forward_body(writer: Writer, strided: bool, instead: str = "") -> dict[int,
     writer.prologue()
     if instead:
         _hand_over(writer, instead)
-    values = _leaves(writer)
+    values = _leaves(writer, plan.turned)
     work = memory.Work.of(plan, plan.needs)
     for step, (*_, dead) in zip(plan.steps, work.forward(plan.saved if strided else ()), strict=True):
         left, right, order = writer.value(values, step.left), writer.value(values, step.right), plan.orders[step.out]
@@ -351,9 +357,11 @@ def _reserved(name: str) -> bool:
     return keyword.iskeyword(name) or _OURS.fullmatch(name) is not None
 
 
-def _leaves(writer: Writer) -> dict[int, Value]:
+def _leaves(writer: Writer, turned: Collection[int]) -> dict[int, Value]:
+    """The operands, some of them copied into the memory order that the plan has for them."""
     plan = writer.plan
-    return {i: writer.leaf(term, plan.leaves[i]) for i, term in enumerate(plan.terms) if i not in plan.same}
+    values = {i: writer.leaf(term, plan.leaves[i]) for i, term in enumerate(plan.terms) if i not in plan.same}
+    return values | {i: writer.turn(values[i], plan.orders[i], f"c{i}") for i in turned}
 
 
 def _returned(writer: Writer, values: dict[int, Value]) -> list[str]:
@@ -376,7 +384,7 @@ def _woven_source(plan: Plan, parts: Sequence[regions.Part]) -> str:
     """The plain form in which operators run some parts."""
     writer = Writer(plan)
     writer.prologue()
-    values, inside = _leaves(writer), {value for part in parts for value in part.values}
+    values, inside = _leaves(writer, plan.turned), {value for part in parts for value in part.values}
     ends = {part.values[-1]: (f"op_{i}", part) for i, part in enumerate(parts)}
     for step in plan.steps:
         order, name = plan.orders[step.out], f"v{step.out}"
@@ -410,9 +418,9 @@ def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> st
     writer.prologue()
     given = [f"gradient{i}" for i in range(len(plan.results))]
     _hand_over(writer, f"backward_tiled({', '.join([*given, *network.names])})")
-    values = {**_leaves(writer), **{value: made[value] for value in saved}}
     work = memory.Work.of(plan, need)
     again = work.remade(saved)
+    values = {**_leaves(writer, again.intersection(plan.turned)), **{value: made[value] for value in saved}}
     for left, right, out, dead in work.forward((*work.read, *saved), again):
         first, second = (writer.value(values, value) for value in (left, right))
         values[out] = writer.product(first, second, plan.orders[out], plan.pairing(left, right, out), f"v{out}", True)
@@ -437,12 +445,13 @@ def _hand_over(writer: Writer, call: str) -> None:
 
 def einsum_steps(plan: Plan) -> Iterator[tuple[str, int, int]]:
     """(equation, left, right) of every step in torch.einsum letters, at most 52 a step."""
+    orders = (*plan.leaves, *plan.orders[len(plan.leaves) :])  # no operand is copied into another one
     for step in plan.tree_steps:
-        axes = dict.fromkeys((*plan.orders[step.left], *plan.orders[step.right]))
+        axes = dict.fromkeys((*orders[step.left], *orders[step.right]))
         if len(axes) > len(string.ascii_letters):
             raise PlanError(f"a step has {len(axes)} axes, torch.einsum has {len(string.ascii_letters)} letters")
         letters = dict(zip(axes, string.ascii_letters, strict=False))
-        left, right, out = ("".join(letters[axis] for axis in plan.orders[value]) for value in (step.left, step.right, step.out))
+        left, right, out = ("".join(letters[axis] for axis in orders[value]) for value in (step.left, step.right, step.out))
         yield f"{left},{right}->{out}", step.left, step.right
 
 

@@ -1,8 +1,8 @@
 """Slices: a plan that works on a part of some axes at a time, so that it stays within a memory limit. tn.sliced runs it.
 
 Slices of an axis of the result write their part of it, slices of a contracted axis are added up. The backward pass makes the
-intermediates of a slice again, so that nothing but operands is kept. The axes are found greedily, as in cotengra's slicing, by the time
-they add for the memory they save.
+intermediates of a slice again, so that nothing but operands is kept. Several outputs are made one after the other, and share nothing. The
+axes are found greedily, as in cotengra's slicing, by the time they add for the memory they save.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ _SEARCHED = 3  # plans that are sliced, the best first, if one of them can be
 
 
 def inner(plan: "Plan") -> "Plan":
-    """The plan of one slice: one dimension an axis, and a name for every occurrence of a tensor, because they may be cut differently.
+    """The plan of one slice of a plan with one output: one dimension an axis, and a name for every occurrence of a tensor, because they may
+    be cut differently.
 
     Axes whose last slice is a smaller one are dynamic in it.
     """
@@ -47,8 +48,10 @@ def split(term: Term) -> Term:
 
 def seconds(plan: "Plan", gradients: bool) -> float:
     """Predicted seconds of cutting operands and joining results, forward or backward."""
-    if not plan.slices:
-        return 0.0
+    return sum(_moving(part, gradients) for part in plan.parts) if plan.slices else 0.0
+
+
+def _moving(plan: "Plan", gradients: bool) -> float:
     terms = [*plan.network.spec.operands, plan.network.output]
     made = [term for term in terms if term.name in plan.grad] if gradients else terms[-1:]
     moved = sum(_copied(term.axes, plan) for term in (terms if gradients else terms[:-1]))
@@ -58,9 +61,14 @@ def seconds(plan: "Plan", gradients: bool) -> float:
 
 def measure(plan: "Plan") -> memory.Memory:
     """Memory of a sliced program: that of one slice, with the copies that cut operands and the cut gradient need."""
+    forward, backward = zip(*map(_measure, plan.parts), strict=True)
+    return memory.Memory(0, max(forward), max(backward))
+
+
+def _measure(plan: "Plan") -> tuple[int, int]:
     one = memory.part(inner(plan))
     parts = sum(_copied(term.axes, plan) for term in plan.network.spec.operands)
-    return memory.Memory(0, parts + one.forward, parts + _copied(plan.network.output.axes, plan) + one.backward if plan.grad else 0)
+    return parts + one.forward, parts + _copied(plan.network.output.axes, plan) + one.backward if plan.grad else 0
 
 
 def _copied(axes: Axes, plan: "Plan") -> int:
@@ -79,7 +87,7 @@ def within(limit: int, plans: Sequence["Plan"], score: Callable[["Plan"], tuple[
     fitting = [plan for plan in plans if plan.peak_bytes <= limit]
     if fitting and fitting[0].goal in ("peak", "saved"):
         return fitting
-    whole = sorted((plan for plan in plans if plan.tile is None), key=score)
+    whole = sorted((plan for plan in plans if plan.tile is None and not plan.turned), key=score)
     over = [plan for plan in whole if plan.peak_bytes > limit]
     least = {plan: _with(plan, dict.fromkeys(plan.size, 1)).peak_bytes for plan in over}
     able = [plan for plan in over if least[plan] <= limit]

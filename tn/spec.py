@@ -45,7 +45,8 @@ class Spec:
     outputs: tuple[Term, ...]
 
     def __str__(self) -> str:
-        outputs = ", ".join(str(t) if len(self.outputs) > 1 else t.pattern for t in self.outputs)
+        alone = len(self.outputs) == 1 and self.outputs[0].name == "y0"
+        outputs = ", ".join(t.pattern if alone else str(t) for t in self.outputs)
         return f"{', '.join(map(str, self.operands))} -> {outputs}".rstrip()
 
 

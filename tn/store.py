@@ -41,6 +41,8 @@ class PlanStore:
     """
 
     def __init__(self, folder: str | PathLike[str], *, pinned: bool = False) -> None:
+        if not isinstance(folder, str | PathLike) or not str(folder):
+            raise PlanError(f"plan store folder is {folder!r}, expected the path of a folder")
         self.folder, self.pinned = Path(folder), pinned
         if self.folder.exists() and not self.folder.is_dir():
             raise PlanError(f"plan store {self.folder} is a file, expected a folder or a path where one can be made")
@@ -163,7 +165,7 @@ def plan_store(folder: str | PathLike[str] | None = None, *, pinned: bool = Fals
         pinned: keep plans and machine tables as they were first stored; see PlanStore.
 
     Raises:
-        PlanError: the folder is a file.
+        PlanError: the folder is a file, or no path.
 
     >>> import tempfile, tn
     >>> net = tn.network("x: ... i, a: i r, c: r o -> ... o", dict(i=6, r=2, o=4), cores=("a", "c"))
@@ -189,7 +191,10 @@ def recall(asked: Mapping[str, Any], make: Callable[..., Any], read: Callable[[s
 @functools.cache
 def _from_environment() -> PlanStore | None:
     folder = settings.plan_store()
-    return None if folder is None else PlanStore(folder)
+    try:
+        return None if folder is None else PlanStore(folder)
+    except PlanError as error:
+        raise PlanError(f"$TN_PLAN_STORE: {error}") from None
 
 
 @functools.cache

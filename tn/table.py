@@ -1,6 +1,7 @@
 """A plan as the table that `print(plan)` shows."""
 
 from tn import order, regions
+from tn.cost import volume
 from tn.order import Path
 from tn.plan import Plan, Step
 
@@ -15,6 +16,10 @@ def table(plan: Plan) -> str:
         f"  for {dynamic or 'fixed sizes'}, goal {plan.goal}, table {plan.machine.name}, gradients of {', '.join(plan.grad) or 'nothing'}",
     ]
     lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
+    for leaf in plan.turned:
+        size = 2e-6 * plan.itemsize * volume(plan.orders[leaf], plan.size)
+        times = f"{'':>10}{size:>9.2f}{1:>8}{plan.turning(leaf) * 1e6:>10.0f}"
+        lines.append(f"  {f'copy of {names[leaf]}':<28}{'copy':<18}{times}  {' '.join(plan.orders[leaf])}")
     for step in plan.steps:
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
         lines.append(_row(plan, title, step))
@@ -36,7 +41,7 @@ def table(plan: Plan) -> str:
     for seconds, path, tile in plan.others:
         rows = "all rows at once" if tile is None else f"{tile} rows at a time"
         more = 100 * (seconds / plan.seconds - 1) if plan.seconds else 0.0
-        lines.append(f"  not chosen: {_words(path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
+        lines.append(f"  not chosen: {_words(plan, path, names)}, {rows}: predicted {seconds * 1e6:.0f} µs ({more:+.0f} %)")
     if plan.floor:
         of = "the best of all orders" if plan.search == "auto" and len(plan.leaves) <= order.EXACT else "the best order found"
         gap = f"gap {100 * (plan.seconds / plan.floor - 1):.0f} %"
@@ -45,12 +50,12 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _words(path: Path, names: list[str]) -> str:
-    """A path as nested products of tensor names."""
-    values = names[: len(path) + 1]
+def _words(plan: Plan, path: Path, names: list[str]) -> str:
+    """A path as nested products of tensor names, one for each output."""
+    values = names[: len(plan.leaves)]
     for left, right in path:
         values.append(f"({values[left]} · {values[right]})")
-    return values[-1][1:-1] if path else values[-1]
+    return ", ".join(values[value][1:-1] if value >= len(plan.leaves) else values[value] for value in plan.results)
 
 
 def _row(plan: Plan, title: str, step: Step) -> str:

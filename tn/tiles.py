@@ -75,7 +75,7 @@ class _Tiled:
                 self.flatten(term.name, f"x{i}", self.plan.leaves[i])
             else:
                 values[i] = self.writer.leaf(term, self.plan.leaves[i])
-        return values
+        return values | {i: self.writer.turn(values[i], self.plan.orders[i], f"c{i}") for i in self.plan.turned}
 
     def tile_leaves(self, values: dict[int, Value]) -> None:
         """The tiles of operands with rows, in the loop."""

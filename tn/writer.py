@@ -241,9 +241,10 @@ class Writer:
             a, b = (self._spread(value, order) for value in (left, right))
             return f"torch.mul({a}, {b}", tuple((axis,) for axis in order)
         if p.kind == "dot":
-            a, b = (self._spread(value, (*order, *p.contracted)) for value in (left, right))
-            summed = tuple(range(-len(p.contracted), 0))
-            return f"torch.sum({a} * {b}, {summed}, dtype={left.name}.dtype", tuple((axis,) for axis in order)
+            axes = [axis for axis in p.whole if axis in order or axis in p.contracted]
+            a, b = (self._spread(value, axes) for value in (left, right))
+            summed = tuple_of([str(place) for place, axis in enumerate(axes) if axis in p.contracted])
+            return f"torch.sum({a} * {b}, {summed}, dtype={left.name}.dtype", tuple((axis,) for axis in axes if axis in order)
         call, a, b, groups = self._matrices(left, right, p)
         if p.batch_on == "operands":
             return f"torch.sum(torch.{call}({a}, {b}), 0, dtype={left.name}.dtype", groups
@@ -285,6 +286,12 @@ class Writer:
         """The value with axes of size one dropped from its order; its memory is the same."""
         return Value(value.name, tuple(axis for axis in value.order if axis not in axes), None)
 
+    def turn(self, value: Value, order: Axes, name: str) -> Value:
+        """A copy of an operand in another memory order."""
+        text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in order])
+        self.add(f"{name} = {text}.contiguous()")
+        return Value(name, order, tuple((axis,) for axis in order))
+
     def reorder(self, value: Value, order: Axes, copy: bool = False) -> Value:
         """The value with its axes permuted to an order: a copy in that order, or a view that later steps copy as they need."""
         text = self._reshape(value, [(axis,) for axis in value.order]) + _permute([value.order.index(axis) for axis in order])
@@ -325,9 +332,15 @@ class Gradients:
             made = made.renamed({mine: theirs for theirs, mine in self.plan.same[value][1].items()})
         if first in self.values:
             dims = tuple((axis,) for axis in made.order)
-            texts = [self.writer.view(part, dims) for part in (self.values[first], made)]
-            self.writer.add(f"d{first} = {' + '.join(texts)}")
-            made, ours = Value(f"d{first}", made.order, dims), True
+            before, now = (self.writer.view(part, dims) for part in (self.values[first], made))
+            if ours:
+                self.writer.add(f"{now}.add_({before})")
+            elif first in self._ours:
+                self.writer.add(f"{before}.add_({now})")
+                return
+            else:
+                self.writer.add(f"d{first} = {before} + {now}")
+                made, ours = Value(f"d{first}", made.order, dims), True
         self.values[first] = made
         self._ours |= {first} if ours else set()
 
@@ -346,7 +359,7 @@ class Gradients:
             for _ in range(1 + twice):
                 self.writer.add_into(above, other, step.pairing, self.of(step.out))
             return
-        made = self.writer.product(above, other, self.plan.orders[step.out], step.pairing, f"d{step.out}", True)
+        made = self.writer.product(above, other, self.plan.orders[step.out], step.pairing, f"d{step.out}", not self.plan.viewed(step))
         if twice:
             self.writer.add(f"{made.name}.mul_(2)")
         self.give(step.out, made, ours=True)

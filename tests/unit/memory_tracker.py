@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class Tracker(TorchDispatchMode):
 
 
 @contextmanager
-def kept_bytes(operands: list[Tensor]) -> Iterator[Callable[[], int]]:
-    """Counts the bytes of tensors that autograd saves, operands aside, each storage once."""
+def kept_bytes(operands: list[Tensor]) -> Iterator[Callable[..., int]]:
+    """Counts the bytes of tensors that autograd saves, operands and the results it is asked about aside, each storage once."""
     own = {operand.untyped_storage().data_ptr() for operand in operands}
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is used twice
@@ -67,19 +68,27 @@ def kept_bytes(operands: list[Tensor]) -> Iterator[Callable[[], int]]:
             alive.append(tensor.detach())
         return tensor
 
+    def total(*results: Tensor) -> int:
+        apart = {result.untyped_storage().data_ptr() for result in results}
+        return sum(size for address, size in found.items() if address not in apart)
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(found.values())
+        yield total
 
 
-def measured(run: Callable[..., Tensor], operands: list[Tensor]) -> tuple[int, int]:
-    """(bytes kept for the gradients, the most alive in forward and backward), result and gradients left out."""
+def measured(run: Callable[..., Any], operands: list[Tensor]) -> tuple[int, int]:
+    """(bytes kept for the gradients, the most alive in forward and backward), results and gradients left out."""
     wanted = [operand for operand in operands if operand.requires_grad]
     with kept_bytes(operands) as kept:
-        result = run(*operands)
-        saved = kept() if wanted else 0
-    cotangent = torch.randn(result.shape, dtype=result.dtype)
-    del result
+        results = _all(run(*operands))
+        saved = kept(*results) if wanted else 0
+    cotangents = [torch.randn(result.shape, dtype=result.dtype) for result in results if result.requires_grad]
+    del results
     with Tracker() as tracker:
-        result = run(*operands)
-        made = torch.autograd.grad(result, wanted, cotangent) if wanted else ()
-    return saved, tracker.peak(result, *made)
+        results = _all(run(*operands))
+        made = torch.autograd.grad([result for result in results if result.requires_grad], wanted, cotangents) if wanted else ()
+    return saved, tracker.peak(*results, *made)
+
+
+def _all(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)

@@ -37,9 +37,9 @@ def test_other_formats_and_sizes_are_refused(damage):
 
 def test_a_copy_costs_more_where_fewer_elements_stay_together_or_lie_far_apart():
     table = machine()
-    size = 1 << 18
-    together, apart, far = (table.reorder(size, runs, stride) for runs, stride in ((1 << 10, None), (1 << 16, 64), (1 << 16, 1 << 14)))
-    assert together < apart < far
+    size = 1 << 24
+    together, short, apart, far = (table.reorder(size, *way) for way in ((1 << 10, 64), (8, 1 << 18), (1, 64), (1, 1 << 18)))
+    assert together < apart < far and together < short < far
 
 
 def test_large_new_tensors_pay_for_their_memory():

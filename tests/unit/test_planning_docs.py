@@ -8,6 +8,7 @@ import pytest
 
 import tn
 from tests.arch import rules
+from tn.segments import ROW_RANGES
 
 PAGE = (rules.ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 
@@ -16,7 +17,7 @@ PAGE = (rules.ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 def space() -> dict:
     """What the blocks of the page define."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     found: dict = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"planning.md block {number + 1}", "exec"), found)
@@ -29,6 +30,11 @@ def test_the_table_is_what_is_found(space):
     for name, sizes, found in rows:
         given = {axis: int(size) for axis, size in (part.split("=") for part in sizes.split(", "))}
         assert space["order"](name, **given) == found, (name, sizes)
+
+
+def test_the_ranges_are_those_of_layers():
+    found = re.findall(r"^\| (?:fewer than (\d+)|any other number) \| (\d+) \|$", PAGE, re.MULTILINE)
+    assert [(float(below or "inf"), int(planned)) for below, planned in found] == list(ROW_RANGES)
 
 
 @pytest.mark.parametrize("c", [64, 128, 256, 512])

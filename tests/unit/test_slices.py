@@ -1,17 +1,24 @@
 """Memory limits kept by slices: measured peaks, gradients, and what is refused."""
 
+import dataclasses
+import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import tn
 from tests.unit.memory_tracker import measured
 from tests.unit.random_layers import operands_for, random_grad, random_layer
+from tests.unit.test_memory import OUTPUTS, of_outputs
 
 BTT = tn.network("x: ... (i j), a: i j r k, c: k i r l -> ... (k l)", dict(i=8, j=8, r=4, k=8, l=8), cores=("a", "c"))
 NAMED = tn.network("x: b s i, a: i r, c: r o -> b s o", dict(i=40, r=6, o=30), cores=("a", "c"))
 TWICE = tn.network("x: i j, x: k j, y: k l -> i l", dict(i=13, k=13, j=11, l=5))
+
+
+_LARGE = 1 << 24  # elements of a result that is too large to compare in float64
 
 
 def limited(net: tn.Network, share: float, **options) -> tn.Plan:
@@ -20,25 +27,30 @@ def limited(net: tn.Network, share: float, **options) -> tn.Plan:
 
 
 def check(plan: tn.Plan, operands: list[torch.Tensor]) -> None:
-    """Result and gradients equal those of the network in float64, within what rounding allows."""
+    """Results and gradients equal those of the network in float64, within what rounding allows."""
     run = tn.compile(plan)
     whole = tn.compile(tn.plan(plan.network, grad=plan.grad))
     wide = [operand.detach().double().requires_grad_(operand.requires_grad) for operand in operands]
     large = [operand.detach().abs().requires_grad_(operand.requires_grad) for operand in wide]
-    got, want, bound = run(*operands), whole(*wide), whole(*large)
-    tn.testing.assert_close(got, want, bound=bound, roundings=4096)
+    got, want, bound = (made if isinstance(made, tuple) else (made,) for made in (run(*operands), whole(*wide), whole(*large)))
+    for a, b, c in zip(got, want, bound, strict=True):
+        tn.testing.assert_close(a, b, bound=c, roundings=4096)
     needed = [place for place, operand in enumerate(operands) if operand.requires_grad]
     if needed:
-        cotangent = torch.randn_like(want)
-        gots = torch.autograd.grad(got, [operands[i] for i in needed], cotangent.to(got.dtype))
-        wants = torch.autograd.grad(want, [wide[i] for i in needed], cotangent)
-        bounds = torch.autograd.grad(bound, [large[i] for i in needed], cotangent.abs())
+        used = [place for place, result in enumerate(want) if result.requires_grad]
+        cotangents = [torch.randn_like(want[i]) for i in used]
+        narrow, sizes = [cotangent.to(got[0].dtype) for cotangent in cotangents], [cotangent.abs() for cotangent in cotangents]
+        gots = torch.autograd.grad([got[i] for i in used], [operands[i] for i in needed], narrow)
+        wants = torch.autograd.grad([want[i] for i in used], [wide[i] for i in needed], cotangents)
+        bounds = torch.autograd.grad([bound[i] for i in used], [large[i] for i in needed], sizes)
         for a, b, c in zip(gots, wants, bounds, strict=True):
             tn.testing.assert_close(a, b, bound=c, roundings=4096)
 
 
 def stays_within(seed: int) -> None:
     net = random_layer(seed)
+    if math.prod(net.sizes[axis] for axis in net.output.axes) > _LARGE:
+        net = random_layer(seed, most=8)
     grad = random_grad(seed, net)
     for share in (0.25, 0.5):
         plan = limited(net, share, grad=grad)
@@ -70,6 +82,32 @@ def test_every_gradient_mask(net):
         operands = operands_for(plan)
         check(plan, operands)
         assert measured(tn.compile(plan), operands) == (plan.saved_bytes, plan.peak_bytes)
+
+
+@pytest.mark.parametrize("name", [name for name in OUTPUTS if name not in ("an operand", "equal")])  # which need little anyway
+def test_several_outputs_are_sliced_one_after_the_other(name):
+    net = of_outputs(name)
+    rows = dict(rows=20) if "..." in net.axes else {}
+    for grad in (net.names, net.names[1:], net.names[:1], ()):
+        free = tn.plan(net, grad=grad, **rows)
+        for share in (0.5, 0.2) if free.peak_bytes else ():
+            plan = limited(net, share, grad=grad, **rows)
+            assert plan.peak_bytes <= share * free.peak_bytes
+            operands = operands_for(plan)
+            check(plan, operands)
+            saved, peak = measured(tn.compile(plan), operands)
+            assert (saved, peak) == (plan.saved_bytes, plan.peak_bytes) if plan.slices else peak <= plan.peak_bytes
+            assert tn.Plan.from_json(plan.to_json()) == plan and str(plan)
+
+
+def test_slices_of_one_output_do_not_repeat_the_others():
+    net = of_outputs("a latent and its maps")
+    plan = dataclasses.replace(tn.plan(net, grad=net.names, rows=20), tile=None, slices=(("k", 3), ("...", 8)))
+    assert plan.slice_count == 3 + 3 * 3 + 3  # only the second output has k
+    latent, first, second = 2 * 20 * 12 * 6, 2 * 20 * 6 * 8, 2 * 20 * 6 * 9
+    by_columns = dataclasses.replace(plan, slices=(("k", 4),))
+    assert by_columns.flops == latent + 2 * latent + first + latent + second
+    check(plan, operands_for(plan))
 
 
 def test_nothing_but_operands_is_kept():
@@ -111,7 +149,9 @@ def test_a_limit_that_no_plan_meets_names_the_smallest():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(memory_limit=-1), "memory_limit is -1, expected a number of bytes"),
+        (dict(memory_limit=-1), "memory_limit is -1, expected a whole number of bytes ≥ 0, or None"),
+        (dict(memory_limit=True), "memory_limit is True"),
+        (dict(memory_limit="1 MB"), "memory_limit is '1 MB'"),
         (dict(memory_limit=1.5), "memory_limit is 1.5"),
         (dict(memory_limit=10**6, dtype=torch.bfloat16), "memory_limit= holds for float32 and float64, got torch.bfloat16"),
     ],
@@ -119,6 +159,11 @@ def test_a_limit_that_no_plan_meets_names_the_smallest():
 def test_refusals(options, message):
     with pytest.raises(tn.PlanError, match=message):
         tn.plan(BTT, **options)
+
+
+def test_a_limit_is_any_integer():
+    free = tn.plan(BTT, grad=BTT.names, rows=100)
+    assert tn.plan(BTT, grad=BTT.names, rows=100, memory_limit=np.int64(free.peak_bytes)) == free
 
 
 @pytest.mark.parametrize("spec", ["x: i i j, y: j k -> k", "x: i j, y: j k -> k"])

@@ -145,6 +145,11 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(tn.PlanError, match="is a file, expected a folder"):
         tn.plan_store(tmp_path / "file")
+    monkeypatch.setenv("TN_PLAN_STORE", str(tmp_path / "file"))
+    stores._from_environment.cache_clear()
+    with pytest.raises(tn.PlanError, match=r"\$TN_PLAN_STORE: plan store .*file is a file, expected a folder"):
+        tn.plan(NET)
+    monkeypatch.delenv("TN_PLAN_STORE")
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -165,6 +170,16 @@ def test_a_write_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch):
     with tn.plan_store(tmp_path), pytest.raises(KeyboardInterrupt):
         tn.plan(NET)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_a_named_result_is_found_again(tmp_path):
+    named = tn.network("x: a b, w: b c -> product: a c", dict(a=2, b=3, c=4))
+    assert tn.Network.from_json(named.to_json()) == named
+    for found in (0, 1):
+        with warnings.catch_warnings(), tn.plan_store(tmp_path) as store:
+            warnings.simplefilter("error")
+            tn.plan(named)
+        assert store.found == found
 
 
 def test_blocks_nest_and_close(tmp_path):

@@ -1,0 +1,92 @@
+"""Operands that a plan copies into another memory order once, and gradients that are views."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import tn
+from tests.unit.memory_tracker import measured
+from tn.arrays import run_plan
+
+SPEC = "x: ... (i0 i1 i2), w0: r0 i0 o0, w1: r1 r0 o1, w2: o0 o1 i2 r1 i1 -> ... (o0 o1)"
+SIZES = dict(i0=6, i1=8, i2=4, r0=12, o0=5, r1=9, o1=3)
+NETWORK = tn.network(SPEC, SIZES, cores=("w0", "w1", "w2"))
+ROUNDINGS = 2 * sum(SIZES.values())  # longer than any chain of sums here, forward and backward
+
+
+def _operands(rows: int = 7) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {**SIZES, "...": rows}
+    shapes = [[np.prod([sizes[axis] for axis in dim]) for dim in term.dims] for term in NETWORK.spec.operands]
+    return [torch.randn([int(extent) for extent in shape], generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _turned(leaves: tuple[int, ...]) -> tn.Plan:
+    """The plan with exactly these operands copied, each into its last order reversed."""
+    plan = tn.plan(NETWORK, grad=NETWORK.names, rows=7, dtype=torch.float64)
+    own = [order if leaf not in leaves else order[::-1] for leaf, order in enumerate(plan.leaves)]
+    return dataclasses.replace(plan, orders=(*own, *plan.orders[len(own) :]), tile=None)
+
+
+def _values(run, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    tracked = [operand.clone().requires_grad_() for operand in operands]
+    y = run(*tracked)
+    return [y, *torch.autograd.grad(y.square().sum(), tracked)]
+
+
+def _reference(x, w0, w1, w2):
+    sizes = (x.shape[0], SIZES["i0"], SIZES["i1"], SIZES["i2"])
+    return torch.einsum("nabc,rae,sro,eocsb->neo", x.reshape(sizes), w0, w1, w2).reshape(x.shape[0], -1)
+
+
+@pytest.mark.parametrize("leaves", [(), (0,), (1,), (3,), (0, 2), (0, 1, 2, 3)])
+def test_values_and_gradients_in_every_form(leaves):
+    plan, operands = _turned(leaves), _operands()
+    assert plan.turned == leaves
+    want, bounds = _values(_reference, operands), _values(_reference, [operand.abs() for operand in operands])
+    program = tn.compile(plan)
+    for run in (program, program.plain, torch.compile(program, backend="aot_eager", fullgraph=True)):
+        for got, value, bound in zip(_values(run, operands), want, bounds, strict=True):
+            tn.testing.assert_close(got, value, bound=bound, roundings=ROUNDINGS)
+    assert measured(program, [t.requires_grad_() for t in _operands()]) == (plan.saved_bytes, plan.peak_bytes)
+
+
+def test_arrays_json_and_the_printed_plan():
+    plan, operands = _turned((0, 3)), _operands()
+    assert tn.Plan.from_json(plan.to_json()) == plan
+    (y,) = run_plan(plan, [operand.numpy() for operand in operands])
+    bound = _reference(*(operand.abs() for operand in operands))
+    tn.testing.assert_close(torch.from_numpy(y).reshape(7, -1), _reference(*operands), bound=bound, roundings=ROUNDINGS)
+    assert [line.split()[:4] for line in str(plan).splitlines() if "copy of" in line] == [
+        ["copy", "of", "x", "copy"],
+        ["copy", "of", "w2", "copy"],
+    ]
+
+
+def test_the_planner_copies_once_what_forward_and_gradients_read():
+    plan = tn.plan(NETWORK, grad=NETWORK.names, rows=7)
+    assert plan.turned
+    assert not tn.plan(NETWORK, rows=7).turned  # without gradients it is read once
+    without = dataclasses.replace(plan, orders=(*plan.leaves, *plan.orders[len(plan.leaves) :]))
+    assert plan.seconds < without.seconds and plan.copies < without.copies
+
+
+def test_gradients_are_views_of_products_where_the_stored_shape_allows_it():
+    net = tn.network("x: ... i, a: o r i, c: r p -> ... (o p)", dict(i=16, o=12, r=6, p=5), cores=("a", "c"))
+    plan = tn.plan(net, grad=net.names, rows=300)
+    viewed = [step.out for step in plan.backward_steps if plan.viewed(step) and step.pairing.out != "native"]
+    x, a, c = torch.randn(300, 16), torch.randn(12, 6, 16), torch.randn(6, 5)
+    tracked = [t.requires_grad_() for t in (x, a, c)]
+    y = tn.compile(plan)(*tracked)
+    found = torch.autograd.grad(y.sum(), tracked)
+    assert all(not found[leaf].is_contiguous() for leaf in viewed)
+    y = tn.compile(plan)(*tracked)
+    y.sum().backward()
+    assert all(t.grad.is_contiguous() for t in tracked)  # autograd copies what it adds up into the operand's layout
+
+
+def test_rows_that_are_copied_at_once_are_in_no_tiles():
+    with pytest.raises(tn.PlanError, match="tile is 2 rows, but 'x' is copied for all rows at once"):
+        dataclasses.replace(_turned((0,)), tile=2)

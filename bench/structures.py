@@ -101,7 +101,7 @@ def _flops(layer: nn.Module, width: int) -> int:
 def draw(rows: list[Row], path: Path) -> None:
     """Times faster than nn.Linear, a line for each layer and a mark for each width and number of rows."""
     from matplotlib.figure import Figure  # late: only when a picture is wanted
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # late: the same
 
     shown = [row for row in rows if row.ratio and not row.case.startswith("nn.Linear")]
     names = list(dict.fromkeys(row.case.rpartition(" ")[0] for row in shown))

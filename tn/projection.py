@@ -99,9 +99,8 @@ def project(
             ranks, what is beyond a block's own rank exactly zero, where it stays in training.
 
     Returns:
-        A Projection; exact to rounding where the structure contains the matrix. Computed in float64, cores in the weight's dtype. Of
-        btt_norm the clamp changes nothing (the layer's gains make up for it); of btt_moe every expert is the nearest matrix, so that the
-        layer is linear, with this error, until training tells the experts apart.
+        A Projection; exact to rounding where the structure contains the matrix. Computed in float64, cores in the weight's dtype. Gains
+        make up for a clamp; of btt_moe every expert is the nearest matrix, so that the layer is linear until training tells them apart.
 
     Raises:
         ProjectionError: a weight or Gram matrix that cannot be used. StructureError: options that cannot be.
@@ -113,17 +112,14 @@ def project(
     """
     check_weight(weight)
     check_flags(permute=permute)
-    if isinstance(block_ranks, bool | Tensor) is False:
-        raise ProjectionError(f"block_ranks is {block_ranks!r}, expected True, False or integers, one for each block")
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
-        raise ProjectionError(f"sweeps is {sweeps!r}, expected an integer ≥ 0")
+    _check_how(sweeps, block_ranks)
     out_features, in_features = weight.shape
     family = structures.get(structure)
     options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
     ranks: Tensor | None = None
     if block_ranks is not False:
-        given = dict(rank=rank, match=match, energy=energy, gram=gram, start=start, permute=permute or None)
-        ranks = _block_ranks(weight, family, options, block_ranks, budget, given)
+        beside = dict(rank=rank, match=match, energy=energy, gram=gram, start=start, permute=permute or None)
+        ranks = _block_ranks(weight, family, options, block_ranks, budget, beside)
         options, budget = dataclasses.replace(options, rank=int(ranks.max())), None
     if energy is not None:
         shape: dict[str, Any] = dict(structure=structure, factors=factors, cores=cores, blocks=blocks, theta=theta)
@@ -133,8 +129,7 @@ def project(
         return _with_energy(weight, energy, family, options, lambda rank: project(weight, rank=rank, **shape, **how))
     built = fit(family, in_features, out_features, options, match=match, budget=budget)
     one = dataclasses.replace(built, network=built.reference)  # of experts that are all alike: then no choice of the gate matters
-    if start is not None:
-        _check_start(one.network, start)
+    _check_start(one.network, start)
     with torch.no_grad():
         whole = weight.detach().to(torch.float64)
         order = _order(whole, built) if permute else None
@@ -150,6 +145,13 @@ def project(
         norms = [float(torch.linalg.norm(m if white is None else m @ white)) for m in (off, whole)]
     error = norms[0] / norms[1] if norms[1] else norms[0]
     return Projection(structure, stored, net.sizes, order, error, 1 - error**2, built, (out_features, in_features), ranks)
+
+
+def _check_how(sweeps: object, block_ranks: object) -> None:
+    if not isinstance(block_ranks, bool | Tensor):
+        raise ProjectionError(f"block_ranks is {block_ranks!r}, expected True, False or integers, one for each block")
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
+        raise ProjectionError(f"sweeps is {sweeps!r}, expected an integer ≥ 0")
 
 
 def _block_ranks(
@@ -218,7 +220,9 @@ def _nearest(
 
 
 def _check_start(net: Network, start: object) -> None:
-    """Raise ProjectionError unless these are finite cores of the network."""
+    """Raise ProjectionError unless these are finite cores of the network, or None."""
+    if start is None:
+        return
     if not isinstance(start, Mapping):
         raise ProjectionError(f"start is a {type(start).__name__}, expected the cores {', '.join(net.cores)} by name")
     if sorted(map(str, start)) != sorted(net.cores):

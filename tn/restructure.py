@@ -144,15 +144,9 @@ def restructure(
     check_model(model)
     check_flags(permute=permute, block_ranks=block_ranks, clamp=clamp is None or clamp)
     structures.get(structure)
-    if init not in ("scratch", "project"):
-        raise StructureError(unknown("init", init, ("scratch", "project")))
-    if measure is not None and not positive(measure):
-        raise StructureError(f"measure is {measure!r}, expected a number of rows ≥ 1, or None")
-    if (inputs is not None or permute) and init != "project":
-        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
+    _check_how(init, measure, permute, inputs)
     if block_ranks and (init != "project" or budget is None or match is not None or permute or inputs is not None):
         raise StructureError("block_ranks are for init='project' with a budget, without match, permute and inputs")
-    _check_batches(inputs)
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
@@ -166,23 +160,17 @@ def restructure(
         options = Options(factors=factors, cores=cores, blocks=blocks, theta=theta)
         weights = {path: matrix(layer) for path, layer in chosen.items()}
         inside = spread_blocks(structure, weights, options, budget) if block_ranks else {}
-        ranks.update({path: int(of.max()) for path, of in inside.items()} or spread(structure, weights, options, budget))
+        ranks |= {path: int(of.max()) for path, of in inside.items()} or spread(structure, weights, options, budget)
         shared["budget"] = None
     grams = gram_matrices(model, chosen, inputs) if inputs is not None else {}
     built: dict[str, StructuredLinear] = {}
-    found_as: dict[str, tuple[float, str]] = {}  # path → error and note of a projection
+    found_as: dict[str, tuple[float, str]] = {}  # error, note
     for path, layer in chosen.items():
         with _named(path):
             new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
             if init == "project":
-                shape: dict[str, Any] = {"structure": structure, "factors": new.factors}
-                shape |= {"block_ranks": inside[path]} if path in inside else {"rank": new.rank}
-                found = project(matrix(layer), gram=grams.get(path), permute=permute, **shape)
-                new.set_cores(found.cores)
-                if found.permutation is not None:
-                    new.permutation.copy_(found.permutation)
-                found_as[path] = found.error, _of_blocks(found)
-                _copy_bias(layer, new)
+                of: dict[str, Any] = {"block_ranks": inside[path]} if path in inside else {"rank": new.rank}
+                found_as[path] = _take_over(new, layer, gram=grams.get(path), permute=permute, **of)
         built[path] = _frozen_as(layer, new)
     return _swap(model, chosen, built, found_as, measure)
 
@@ -266,8 +254,14 @@ def gram_matrices(model: nn.Module, chosen: Mapping[str, nn.Module], inputs: Ite
     return grams
 
 
-def _check_batches(inputs: object) -> None:
-    """Raise StructureError unless these can be batches to call a model with."""
+def _check_how(init: str, measure: object, permute: bool, inputs: object) -> None:
+    """Raise StructureError for an unknown start, no number of rows, no batches to call a model with, or what only projections take."""
+    if init not in ("scratch", "project"):
+        raise StructureError(unknown("init", init, ("scratch", "project")))
+    if measure is not None and not positive(measure):
+        raise StructureError(f"measure is {measure!r}, expected a number of rows ≥ 1, or None")
+    if (inputs is not None or permute) and init != "project":
+        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
     if inputs is None:
         return
     if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
@@ -283,6 +277,16 @@ def _twin(layer: nn.Module, **options: Any) -> StructuredLinear:
     new = StructuredLinear(d_in, d_out, bias=bias, zero_init=zero, device=weight.device, dtype=weight.dtype, **options)
     new.replaced = type(layer) if is_conv1d(layer) else getattr(layer, "replaced", None)
     return new
+
+
+def _take_over(new: StructuredLinear, old: nn.Module, **how: Any) -> tuple[float, str]:
+    """Give a layer the cores nearest to the matrix of another, and its bias. Returns the error and what a table says of the ranks."""
+    found = project(matrix(old), structure=new.structure, factors=new.factors, **how)
+    new.set_cores(found.cores)
+    if found.permutation is not None:
+        new.permutation.copy_(found.permutation)
+    _copy_bias(old, new)
+    return found.error, _of_blocks(found)
 
 
 def _of_blocks(found: Projection) -> str:

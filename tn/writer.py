@@ -339,8 +339,9 @@ class Gradients:
                 self.writer.add(f"{before}.add_({now})")
                 return
             else:
-                self.writer.add(f"d{first} = {before} + {now}")
-                made, ours = Value(f"d{first}", made.order, dims), True
+                total = made.name if made.name.startswith("d") else f"d{first}"  # another d{first} may still be to come
+                self.writer.add(f"{total} = {before} + {now}")
+                made, ours = Value(total, made.order, dims), True
         self.values[first] = made
         self._ours |= {first} if ours else set()
 

@@ -58,6 +58,15 @@ def test_values_and_gradients(spec, tile, rows):
             torch.testing.assert_close(_gradients(got, tensors), _gradients(want, tensors))
 
 
+def test_gradients_of_an_operand_without_rows_that_several_outputs_read_in_tiles():
+    spec = "t0: ... d c, t1: ... b a, t2: d b, t3: b a, t0: ... d c -> o0: ... d, o1: ... a c d, o2: ... d b"
+    net = tn.network(spec, dict(d=2, c=4, b=3, a=1))
+    tensors = {"t0": (300, 2, 4), "t1": (300, 3, 1), "t2": (2, 3), "t3": (3, 1)}
+    made = {name: torch.randn(shape, dtype=torch.float64).requires_grad_(name in ("t1", "t3")) for name, shape in tensors.items()}
+    f = tn.compile(dataclasses.replace(tn.plan(net, grad=("t1", "t3"), rows=300), tile=64))
+    torch.testing.assert_close(_gradients(f(*made.values()), made), _gradients(one_shot(net, made), made))
+
+
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 def test_second_derivatives_transforms_and_compilation(spec):
     net, tensors = _case(spec, 5)

@@ -111,7 +111,7 @@ def test_the_plan_of_a_range_is_never_much_worse_than_that_of_a_size(structure, 
             for rows in (2, 8, 15, 16, 32, 95, 96, 256, 511, 512, 1024, 4096):
                 used = next(plan for below, plan in plans if rows < below).at({"...": rows})
                 losses.append(used.seconds / tn.plan(net, grad=grad, rows=rows).seconds)
-            assert max(losses) <= 1.3 and statistics.geometric_mean(losses) <= 1.03
+            assert max(losses) <= 1.5 and statistics.geometric_mean(losses) <= 1.05
 
 
 def test_axes_that_occur_together_are_one_size():

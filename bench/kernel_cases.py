@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 import tn
 import tn_kernels
+from tn_kernels import tuning
+from tn_kernels.launch import config
 from tn_kernels.squared_attention import CHUNK
 from tn_kernels.squared_attention import flops as attention_flops
 
@@ -66,13 +68,19 @@ def _btt(width: int, rank: int, rows: int) -> Case:
         (n, i, _), r = shapes["x"], shapes["a"][2]
         return 4 * n * i**3 * r
 
+    def run(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        if width < 4096 or len(x) == rows:
+            return tn_kernels.chain(x, a, c)
+        with tuning.using(chain_panels=config(ROWS=64, AHEAD=1, BM=64, BRK=64, BL=64, warps=8)):  # also at a small size, several of them
+            return tn_kernels.chain(x, a, c)
+
     return Case(
         kernel="chain",
         name=f"BTT {width} rank {rank}, {rows} rows",
-        run=tn_kernels.chain,
+        run=run,
         eager=lambda x, a, c: torch.einsum("nirk,kirl->nkl", torch.einsum("nij,ijrk->nirk", x, a), c),
         shapes=shapes(math.isqrt(width), rows),
-        small=shapes(6, 37),
+        small=shapes(6, 37 if width < 4096 else 300),
         flops=flops,
         moved=lambda shapes: 2 * math.prod(shapes["x"]) + math.prod(shapes["a"]) + math.prod(shapes["c"]),
         scale={"a": width**-0.25, "c": (rank * width**0.5) ** -0.5},

@@ -1,6 +1,6 @@
 """chain: x · A · C, two contractions in one kernel, the intermediate never in global memory.
 
-    z[n, i, r, k] = Σ_j x[n, i, j] A[i, j, r, k]            y[n, k, l] = Σ_ir z[n, i, r, k] C[k, i, r, l]
+    z[n, i, r, k] = Σ_j x[n, i, j] A[i, j, r, k]            y[n, k, l] = Σ_ir z[n, i, r, k] C[k, i, r, l] + bias[k, l]
 
 covers block tensor trains as they stand; Monarch matrices (i, k: blocks; r: rows of a block); low rank (i = k = 1); two tensor-train
 cores "x: n (i j), A: j r k, C: i r l" (A broadcast along i, C along k: stride 0). Operands have any strides.
@@ -11,13 +11,11 @@ made once and l is walked over instead.
 
 What bounds it, derived and not measured: x is read once for every group of k (K / BK times) and both cores once for every block of rows
 (N / BN times), mostly from the L2 cache. The accumulator, BK · BN · BL fp32 numbers, fills the registers, so at width 4096
-(i = j = k = l = 64) neither count can be small: at rank 1 and 16k rows in bf16, BN = 32 and BK = 16 read 1.1 GB from L2 (rank 4, BN = 32
-and BK = 8: 3.2 GB), where two products through global memory move 0.54 GB (1.3 GB). At width 1024 (32 each) it is 0.13 GB from L2 against
-0.13 GB through memory, half of which is saved. So wide layers may be better off with two products on row tiles whose intermediate stays
-in L2: a machine table decides.
+(i = j = k = l = 64) neither count can be small. There z goes through L2 instead, panel by panel in one launch: `chain_panels`, taken
+where it moves clearly fewer bytes.
 
-Gradients make z again. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is `_weight`; dA is dC with
-the roles of x, A and g, C exchanged.
+Gradients make z again, in either form. dx is the same chain, C first, A second. dC[k, i, r, l] = Σ_n z[n, i, r, k] g[n, k, l] is
+`_weight`; dA is dC with the roles of x, A and g, C exchanged.
 """
 
 import dataclasses
@@ -25,6 +23,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -32,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tn.operators import Layout, Offer, OperatorError, Refusal, Region, register
-from tn_kernels import tuning
+from tn_kernels import chain_panels, tuning
 from tn_kernels.launch import DTYPES, Config, block, ceil_div, config, launch, precision
 from tn_kernels.registration import Operator
 from tn_kernels.views import Unfit, check_dtype, check_result, order_of, shape_of, view
@@ -82,8 +81,14 @@ def _second(
 
 
 @triton.jit
-def _store(y_ptr, value, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, BK: tl.constexpr):
+def _store(
+    y_ptr, value, bias_ptr, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, s_vk, s_vl, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     o_k = i_k * BK + tl.arange(0, BK)
+    if BIAS:
+        m_v = (o_k < K)[:, None] & (o_l < L)[None, :]
+        b_v = tl.load(bias_ptr + o_k[:, None] * s_vk + o_l[None, :] * s_vl, mask=m_v, other=0.0)
+        value += b_v.to(tl.float32)[:, None, :]
     mask = (o_k < K)[:, None, None] & (o_n < N)[None, :, None] & (o_l < L)[None, None, :]
     offsets = o_k[:, None, None] * s_yk + o_n[None, :, None] * s_yn + o_l[None, None, :] * s_yl
     tl.store(y_ptr + offsets, value.to(y_ptr.dtype.element_ty), mask=mask)
@@ -91,10 +96,10 @@ def _store(y_ptr, value, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, BK: tl.conste
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, a_ptr, c_ptr, y_ptr, N, I, J, R, K, L,
-    s_xn, s_xi, s_xj, s_ai, s_aj, s_ar, s_ak, s_ck, s_ci, s_cr, s_cl, s_yn, s_yk, s_yl,
+    x_ptr, a_ptr, c_ptr, y_ptr, bias_ptr, N, I, J, R, K, L,
+    s_xn, s_xi, s_xj, s_ai, s_aj, s_ar, s_ak, s_ck, s_ci, s_cr, s_cl, s_yn, s_yk, s_yl, s_vk, s_vl,
     BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: all of i is one piece, so z is made once and l is walked over; otherwise l is cut by the grid and i is walked over."""
     # Groups of k are neighbours in the grid, so that the rows they share are still in L2.
@@ -110,7 +115,8 @@ def _forward_kernel(
         for l in range(0, L, BL):
             o_l = l + tl.arange(0, BL)
             b_c = _second(c_ptr, 0, i_k, o_l, I, R, K, L, s_ck, s_ci, s_cr, s_cl, BI, BR, BK)
-            _store(y_ptr, tl.dot(b_z, b_c, input_precision=PRECISION), o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, BK)
+            y = tl.dot(b_z, b_c, input_precision=PRECISION)
+            _store(y_ptr, y, bias_ptr, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, s_vk, s_vl, BK, BIAS)
     else:
         o_l = tl.program_id(1) * BL + tl.arange(0, BL)
         total = tl.zeros((BK, BN, BL), tl.float32)
@@ -122,7 +128,7 @@ def _forward_kernel(
             b_z = _turned(z.to(x_ptr.dtype.element_ty), BI, BN, BK, BR)
             b_c = _second(c_ptr, i, i_k, o_l, I, R, K, L, s_ck, s_ci, s_cr, s_cl, BI, BR, BK)
             total = tl.dot(b_z, b_c, total, input_precision=PRECISION)
-        _store(y_ptr, total, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, BK)
+        _store(y_ptr, total, bias_ptr, o_n, i_k, o_l, N, K, L, s_yn, s_yk, s_yl, s_vk, s_vl, BK, BIAS)
 
 
 @triton.jit
@@ -157,12 +163,15 @@ def _weight_kernel(
     tl.store(d_ptr + tl.program_id(2) * s_ds + offsets, total.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def _sizes(x: Tensor, a: Tensor, c: Tensor) -> dict[str, int]:
+def _sizes(x: Tensor, a: Tensor, c: Tensor, bias: Tensor | None = None) -> dict[str, int]:
     """Sizes by axis. Raises OperatorError when the shapes do not belong together."""
     if (x.dim(), a.dim(), c.dim()) != (3, 4, 4) or x.shape[1:] != a.shape[:2] or (a.shape[3], a.shape[0], a.shape[2]) != c.shape[:3]:
         raise OperatorError(f"chain of x {tuple(x.shape)}, a {tuple(a.shape)}, c {tuple(c.shape)}: expected (n i j), (i j r k), (k i r l)")
-    if not x.dtype == a.dtype == c.dtype:
-        raise OperatorError(f"chain of {x.dtype}, {a.dtype} and {c.dtype}: expected one dtype")
+    if not x.dtype == a.dtype == c.dtype == (x if bias is None else bias).dtype:
+        also = "" if bias is None else f", bias {bias.dtype}"
+        raise OperatorError(f"chain of {x.dtype}, {a.dtype} and {c.dtype}{also}: expected one dtype")
+    if bias is not None and bias.shape != c.shape[::3]:
+        raise OperatorError(f"chain with bias {tuple(bias.shape)}: expected {tuple(c.shape[::3])}")
     return dict(zip("nijrkl", (*x.shape, a.shape[2], *c.shape[::3]), strict=True))
 
 
@@ -198,26 +207,24 @@ def _space(known: Sizes, weight: bool, width: int) -> tuple[Config, ...]:
     return tuple(found)
 
 
+def _moved(known: Sizes, weight: bool, cut: Config) -> int:
+    """Elements read, mostly from L2."""
+    n, i, j, r, k, l = (size for _, size in known)
+    again_k, again_l = ceil_div(k, cut["BK"]), ceil_div(l, cut["BL"])
+    if weight:
+        return again_k * again_l * n * i * j + ceil_div(i, cut["BI"]) * n * k * l
+    again = 1 if i <= cut["BI"] else again_l
+    return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
+
+
 @functools.lru_cache(maxsize=1024)
 def _heuristic(known: Sizes, weight: bool, width: int) -> Config:
     """The cut that moves the fewest elements among those whose accumulators leave registers for everything else."""
-    n, i, j, r, k, l = (size for _, size in known)
-
-    def moved(cut: Config) -> int:
-        again_k, again_l = ceil_div(k, cut["BK"]), ceil_div(l, cut["BL"])
-        if weight:
-            return again_k * again_l * n * i * j + ceil_div(i, cut["BI"]) * n * k * l
-        again = 1 if i <= cut["BI"] else again_l
-        return again_k * again * n * i * j + ceil_div(n, cut["BN"]) * (again * i * j * r * k + k * i * r * l)
-
-    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps. 32 Ki hardly do over sixteen
-    # (24 bytes) where z takes a quarter of that and no rank has to be turned; all others spill hundreds of bytes.
-    def calm(cut: Config) -> bool:
-        z = cut["BI"] * cut["BN"] * cut["BK"]
-        return _held(cut, weight) <= (1 << 15 if width == 2 and not weight and r == 1 and z <= 1 << 13 else 1 << 14)
-
+    # By the assembler's account for compute capability 9.0, 16 Ki accumulators do not spill over eight warps (Triton 3.6: 88 bytes at width
+    # 1024, rank 4), and 32 Ki do over sixteen.
     space = _space(known, weight, width)
-    best = min([*filter(calm, space)] or space, key=lambda cut: (moved(cut), _held(cut, weight), cut["BJ"]))
+    calm = [cut for cut in space if _held(cut, weight) <= 1 << 14]
+    best = min(calm or space, key=lambda cut: (_moved(known, weight, cut), _held(cut, weight), cut["BJ"]))
     # Products in fp32 take no tensor cores: their operands stand in registers too.
     held = _held(best, weight)
     return dataclasses.replace(best, warps=16 if held > 1 << 14 else 8 if width > 2 or held > 1 << 13 else 4, stages=2)
@@ -228,19 +235,36 @@ def _cut(kernel: str, x: Tensor, sizes: dict[str, int]) -> Config:
     return tuning.cut(kernel, x, sizes, lambda: _heuristic(known, weight, width), lambda: _space(known, weight, width))
 
 
-def _run(x: Tensor, a: Tensor, c: Tensor, y: Tensor) -> Tensor:
+def _in_panels(x: Tensor, sizes: dict[str, int], weight: bool) -> bool:
+    """Whether z goes through memory: where that moves clearly fewer bytes (that programs wait for each other is not in the count)."""
+    if not chain_panels.fits(sizes):
+        return False
+    if tuning.forced("chain_panels"):
+        return True
+    if x.element_size() > 2:  # products in fp32 take no tensor cores: traffic is not what bounds them
+        return False
+    known = tuple(sizes.items())
+    registers = _moved(known, weight, _heuristic(known, weight, x.element_size())) + (0 if weight else sizes["n"] * sizes["k"] * sizes["l"])
+    return 3 * chain_panels.moved(sizes, weight) < 2 * registers
+
+
+def _run(x: Tensor, a: Tensor, c: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     """Fill y (n, k, l), of any strides."""
-    sizes = _sizes(x, a, c)
+    sizes = _sizes(x, a, c, bias)
     if not y.numel():
         return y
     if not x.numel() or not a.numel() or not c.numel():
-        return y.zero_()
+        return y.zero_() if bias is None else y.copy_(bias)
+    if _in_panels(x, sizes, weight=False):
+        chain_panels.run(x, a, c, y, sizes, bias=bias)
+        return y
     cut = _cut("chain", x, sizes)
     whole = sizes["i"] <= cut["BI"]
     grid = (ceil_div(sizes["k"], cut["BK"]) * ceil_div(sizes["n"], cut["BN"]), 1 if whole else ceil_div(sizes["l"], cut["BL"]))
     launch(
-        _forward_kernel, grid, x, a, c, y, *sizes.values(), *x.stride(), *a.stride(), *c.stride(), y.stride(0), y.stride(1), y.stride(2),
-        cut=cut, WHOLE=whole, PRECISION=precision(x),
+        _forward_kernel, grid, x, a, c, y, x if bias is None else bias, *sizes.values(),
+        *x.stride(), *a.stride(), *c.stride(), *y.stride(), *((0, 0) if bias is None else bias.stride()),
+        cut=cut, WHOLE=whole, BIAS=bias is not None, PRECISION=precision(x),
     )  # fmt: skip
     return y
 
@@ -250,6 +274,10 @@ def _weight(x: Tensor, a: Tensor, g: Tensor, shape: Sequence[int], order: Sequen
     sizes = dict(zip("nijrkl", (*x.shape, *a.shape[2:], g.shape[2]), strict=True))
     if not x.numel() or not a.numel() or not g.numel():
         return x.new_zeros(shape)
+    if _in_panels(x, sizes, weight=True):
+        made = x.new_empty((chain_panels.panels(x, sizes), *shape), dtype=torch.float32)
+        chain_panels.run(x, a, g, made.permute(0, *(1 + place for place in order)), sizes, weight=True)
+        return made.sum(0).to(x.dtype)
     cut = _cut("chain_weight", x, sizes)
     cells = ceil_div(sizes["k"], cut["BK"]) * ceil_div(sizes["i"], cut["BI"])
     blocks_l = ceil_div(sizes["l"], cut["BL"])
@@ -266,36 +294,52 @@ def _weight(x: Tensor, a: Tensor, g: Tensor, shape: Sequence[int], order: Sequen
     return made[0] if parts == 1 else made.sum(0).to(x.dtype)
 
 
-def forward(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    """The kernel: x (n, i, j), a (i, j, r, k), c (k, i, r, l) of any strides → (n, k, l), contiguous."""
-    sizes = _sizes(x, a, c)
-    return _run(x, a, c, x.new_empty(sizes["n"], sizes["k"], sizes["l"]))
+def forward(x: Tensor, a: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernel: x (n, i, j), a (i, j, r, k), c (k, i, r, l), bias (k, l), of any strides → (n, k, l), contiguous."""
+    sizes = _sizes(x, a, c, bias)
+    return _run(x, a, c, x.new_empty(sizes["n"], sizes["k"], sizes["l"]), bias)
 
 
-def reference(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+def reference(x: Tensor, a: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     """The same as two pairwise torch contractions."""
-    _sizes(x, a, c)
+    _sizes(x, a, c, bias)
     z = torch.einsum("nij,ijrk->nirk", x, a)
-    return torch.einsum("nirk,kirl->nkl", z, c).contiguous()
+    y = torch.einsum("nirk,kirl->nkl", z, c).contiguous()
+    return y if bias is None else y + bias
 
 
-def shapes(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+def shapes(x: Tensor, a: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     """The result without numbers."""
     return x.new_empty(x.shape[0], c.shape[0], c.shape[3])
 
 
-def backward(g: Tensor, inputs: list[Tensor], results: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    """Gradients of x, a, c from g (n, k, l)."""
-    x, a, c = inputs
+def backward(g: Tensor, inputs: list[Any], results: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """Gradients of x, a, c and of the bias, if there is one, from g (n, k, l)."""
+    x, a, c, bias = inputs
     first, second = c.permute(0, 3, 2, 1), a.permute(0, 3, 2, 1)  # the chain in reverse: g (n k l) · c (k l r i) · a (i k r j)
-    return [
+    made: list[Tensor | None] = [
         _run(g, first, second, x.new_empty(x.shape)) if needs[0] else None,
         _weight(g, first, x, a.shape, (0, 3, 2, 1)) if needs[1] else None,
         _weight(x, a, g, c.shape, (0, 1, 2, 3)) if needs[2] else None,
     ]
+    if bias is not None:
+        made.append(g.sum(0, dtype=torch.float32).to(g.dtype) if needs[3] else None)
+    return made
 
 
-chain = Operator("chain", forward=forward, reference=reference, shapes=shapes, backward=backward)
+_operator = Operator("chain", forward=forward, reference=reference, shapes=shapes, backward=backward)
+
+
+def chain(x: Tensor, a: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[n, k, l] = Σ_ir (Σ_j x[n, i, j] a[i, j, r, k]) c[k, i, r, l] + bias[k, l].
+
+    Args:
+        x: (n, i, j). a: (i, j, r, k). c: (k, i, r, l). bias: (k, l) or None. Any strides, one dtype.
+
+    Returns:
+        (n, k, l), contiguous. Raises OperatorError for shapes or dtypes that do not belong together.
+    """
+    return _operator(x, a, c, bias)
 
 
 # Which tensors an axis of each role is on: x, A, C, the result.
@@ -320,38 +364,43 @@ def _roles(tensors: Sequence[Layout], region: Region) -> dict[str, list[str]]:
 
 
 def ask(region: Region) -> Offer | Refusal:
-    """Offers for a contraction of three tensors in a row whose result is wanted as (rows, k, l)."""
-    if region.what != "contraction" or len(region.operands) != 3:
+    """Offers for a contraction of three tensors in a row whose result is wanted as (rows, k, l); option bias (True when one follows)."""
+    biased = bool(region.option.get("bias"))
+    if region.what != "contraction" or len(region.operands) != 3 + biased:
         return Refusal("chain", f"takes a contraction of three tensors, this is a {region.what} of {len(region.operands)}")
     size, found, reason = region.size, [], ""
     for places in itertools.permutations(range(3)):
         try:
             roles = _roles([region.operands[place] for place in places], region)
             rows_first = set(region.out[: len(roles["n"])]) == set(roles["n"])
-            found.append((rows_first, math.prod(size[axis] for axis in roles["n"]), places, roles))
+            found.append((rows_first, *(math.prod(size[axis] for axis in roles[role]) for role in "nj"), places, roles))
         except Unfit as unfit:
             reason = reason or str(unfit)
     if not found:
         return Refusal("chain", reason)
-    *_, places, roles = max(found, key=lambda candidate: candidate[:2])  # a chain can be read backwards; rows are what there is most of
+    # A chain can be read backwards, where rows are what there is most of, or as one sum over everything, with no j.
+    *_, places, roles = max(found, key=lambda candidate: candidate[:3])
     tensors = [region.operands[place] for place in places]
     try:
         check_dtype(region, DTYPES)
         result = Layout.dense(region.out, size)
-        merged = {role: order_of(axes, [*tensors, result], size) for role, axes in roles.items()}
+        merged = {role: order_of(axes, [*tensors, result, *region.operands[3:]], size) for role, axes in roles.items()}
         check_result(region, [merged[role] for role in "nkl"])
+        if biased and not {axis for axis in region.operands[-1].axes if size[axis] != 1} <= {*roles["k"], *roles["l"]}:
+            raise Unfit(f"a bias along {' '.join(region.operands[-1].axes)}; it is added along {' '.join((*roles['k'], *roles['l']))}")
         sizes = {role: math.prod(size[axis] for axis in axes) for role, axes in merged.items()}
         if sizes["r"] > MOST_RANK:
             raise Unfit(f"rank {sizes['r']}; the intermediate stays in registers up to rank {MOST_RANK}")
         named = zip(tensors, ("nij", "ijrk", "kirl"), strict=True)
         views = [view(layout, [merged[role] for role in axes], region) for layout, axes in named]
+        see_bias = view(region.operands[-1], [merged["k"], merged["l"]], region) if biased else None
         shape = shape_of(region)
     except Unfit as unfit:
         return Refusal("chain", str(unfit))
 
     def run(*operands: Tensor) -> Tensor:
         x, a, c = (see(operands[place]) for see, place in zip(views, places, strict=True))
-        return chain(x, a, c).reshape(shape)
+        return chain(x, a, c, None if see_bias is None else see_bias(operands[-1])).reshape(shape)
 
     return Offer("chain", run, tuning.case("chain", sizes, region.dtype))
 

@@ -5,6 +5,7 @@ torch operations, `shapes` makes the results without computing them. The registe
 `reference` elsewhere. Its gradient runs `backward`; where kernels cannot run, and for second derivatives, it differentiates `reference`.
 """
 
+import contextvars
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,7 +78,8 @@ class Operator:
         if self.backward is None or torch.is_grad_enabled() or not runs_here(gradient, *_tensors(inputs)):
             found = iter(_through(self.reference, gradient, inputs, needs))
         else:
-            made = self._backward_op(gradient, *inputs, results, needs)
+            # On CUDA autograd has threads of its own, which know nothing of a tuning run or of blocks that were told.
+            made = ctx.context.copy().run(self._backward_op, gradient, *inputs, results, needs)
             found = iter([tensor if need else None for tensor, need in zip(made, needs, strict=True)])
         return tuple(next(found) if held else None for held in ctx.held)
 
@@ -98,6 +100,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # A single result is never needed: gradients are made from the inputs. Several are there because backward wants the others.
     results = output if isinstance(output, tuple) else ()
     ctx.save_for_backward(*_tensors(inputs), *results)
+    ctx.context = contextvars.copy_context()
 
 
 def _gradient_shapes(gradient: Tensor, *rest: Any) -> list[Tensor]:

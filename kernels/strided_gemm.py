@@ -1,4 +1,4 @@
-"""strided_gemm: Y[h, m, n] = f(s · Σ_k A[h, m, k] B[h, k, n] + bias[n]) ∘ other[h, m, n], every group of axes strided as it lies.
+"""strided_gemm: Y[h, m, n] = f(s · Σ_k A[h, m, k] B[h, k, n] + bias[h, n]) ∘ other[h, m, n], every group of axes strided as it lies.
 
 h is up to two axes, m, n and k up to three each, so that a contraction of two tensors needs no copy whatever the order of their axes and of
 the result's. An index inside a group becomes an offset by division and remainder; a group of one axis costs neither. f is one of
@@ -43,7 +43,7 @@ def _kernel(
     s_bh1, s_bh2, s_bk1, s_bk2, s_bk3, s_bn1, s_bn2, s_bn3,
     s_yh1, s_yh2, s_ym1, s_ym2, s_ym3, s_yn1, s_yn2, s_yn3,
     s_oh1, s_oh2, s_om1, s_om2, s_om3, s_on1, s_on2, s_on3,
-    s_v1, s_v2, s_v3,
+    s_vh1, s_vh2, s_vn1, s_vn2, s_vn3,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPED: tl.constexpr,
     KIND: tl.constexpr, SLOPE: tl.constexpr, BIAS: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _kernel(
         total = tl.dot(b_a, b_b, total, input_precision=PRECISION)
     total = total * scale
     if BIAS:
-        b_v = tl.load(bias_ptr + _three(o_n, N2, N3, s_v1, s_v2, s_v3), mask=o_n < N, other=0.0)
+        b_v = tl.load(bias_ptr + i_1 * s_vh1 + i_2 * s_vh2 + _three(o_n, N2, N3, s_vn1, s_vn2, s_vn3), mask=o_n < N, other=0.0)
         total += b_v.to(tl.float32)[None, :]
     total = slope(total, KIND) if SLOPE else activate(total, KIND)
     o_rows, o_columns = _three(o_m, M2, M3, s_om1, s_om2, s_om3), _three(o_n, N2, N3, s_on1, s_on2, s_on3)
@@ -94,7 +94,7 @@ def _shape(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None) -> t
     if a.dim() != 8 or b.dim() != 8 or a.shape[:2] != b.shape[:2] or a.shape[5:] != b.shape[2:5]:
         raise OperatorError(f"strided_gemm of a {tuple(a.shape)} and b {tuple(b.shape)}: expected (h h m m m k k k) and (h h k k k n n n)")
     shape = (*a.shape[:5], *b.shape[5:])
-    for name, tensor, wanted in (("bias", bias, shape[5:]), ("other", other, shape)):
+    for name, tensor, wanted in (("bias", bias, (*shape[:2], *shape[5:])), ("other", other, shape)):
         if tensor is not None and tuple(tensor.shape) != wanted:
             raise OperatorError(f"strided_gemm with {name} {tuple(tensor.shape)}: expected {wanted}")
     found = {tensor.dtype for tensor in (a, b, bias, other) if tensor is not None}
@@ -112,7 +112,7 @@ def _result(a: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
 
 
 def forward(a: Tensor, b: Tensor, bias: Tensor | None, other: Tensor | None, scale: float, activation: str, order: Sequence[int]) -> Tensor:
-    """The kernel: a (h h m m m k k k), b (h h k k k n n n), bias (n n n), other like the result → (h h m m m n n n)."""
+    """The kernel: a (h h m m m k k k), b (h h k k k n n n), bias (h h n n n), other like the result → (h h m m m n n n)."""
     return _run(a, b, bias, other, scale, activation, order)
 
 
@@ -144,7 +144,7 @@ def _run(
 
     cut = tuning.cut("strided_gemm", a, {"h": h, "m": m, "n": n, "k": k}, heuristic, lambda: _space(m, n, k, width))
     s_other = y.stride() if other is None else other.stride()
-    s_bias = (0, 0, 0) if bias is None else bias.stride()
+    s_bias = (0, 0, 0, 0, 0) if bias is None else bias.stride()
     grid = (h * ceil_div(m, cut["BM"]) * ceil_div(n, cut["BN"]),)
     launch(
         _kernel, grid, a, b, y, a if bias is None else bias, a if other is None else other,
@@ -162,7 +162,7 @@ def reference(
     check_activation(activation)
     (h, m, n, k) = (math.prod(sizes) for sizes in (shape[:2], shape[2:5], shape[5:], a.shape[5:]))
     y = (scale * torch.bmm(a.reshape(h, m, k), b.reshape(h, k, n))).reshape(shape)
-    y = ACTIVATIONS[activation](y if bias is None else y + bias)
+    y = ACTIVATIONS[activation](y if bias is None else y + bias[:, :, None, None, None])
     y = y if other is None else y * other
     order = list(order)
     return y.permute(order).contiguous().permute([order.index(place) for place in range(8)])
@@ -187,7 +187,7 @@ def backward(g: Tensor, inputs: list[Any], results: list[Tensor], needs: list[bo
         _run(a.permute(0, 1, 5, 6, 7, 2, 3, 4), d, scale=scale) if need_b else None,
     ]
     if bias is not None:
-        made.append(d.float().sum((0, 1, 2, 3, 4)).to(g.dtype) if need_bias else None)
+        made.append(d.float().sum((2, 3, 4)).to(g.dtype) if need_bias else None)
     if other is not None:
         made.append(_run(a, b, bias, g, scale, activation) if need_other else None)
     return made
@@ -210,13 +210,15 @@ def strided_gemm(
 
     Args:
         a: (h, h, m, m, m, k, k, k). b: (h, h, k, k, k, n, n, n). Any strides, 0 among them; one dtype for all operands.
-        bias: (n, n, n). other: like the result.
+        bias: (h, h, n, n, n), or (n, n, n) for every h. other: like the result.
         activation: one of `pointwise.ACTIVATIONS`.
         order: dimensions of the result in memory, slowest first.
 
     Returns:
         (h, h, m, m, m, n, n, n). Raises OperatorError for operands that do not belong together.
     """
+    if bias is not None and bias.dim() == 3:
+        bias = bias.expand(*a.shape[:2], *bias.shape)
     return _operator(a, b, bias, other, scale, activation, list(order))
 
 
@@ -230,9 +232,14 @@ def ask(region: Region) -> Offer | Refusal:
     if region.what != "contraction" or len(region.operands) != 2 + len(extra):
         return Refusal(name, f"takes a contraction of two tensors, this is a {region.what} of {len(region.operands)}")
     left, right, *rest = region.operands
+    along = {axis for axis in rest[0].axes if size[axis] != 1} if option.get("bias") else set()
+    swap = bool(along & set(left.axes) - set(right.axes))  # a bias goes along columns: A B transposed is B transposed times A transposed
+    left, right = (right, left) if swap else (left, right)
     on_left, on_right, on_out = set(left.axes), set(right.axes), set(region.out)
     try:
         check_dtype(region, DTYPES)
+        if along - on_right:
+            raise Unfit(f"a bias along {' '.join(sorted(along))}, which are on both sides of the product")
         check_activation(str(option.get("activation", "none")))
         wide = [axis for axis in size if size[axis] != 1]
         alone = [axis for axis in wide if (axis in on_left) + (axis in on_right) + (axis in on_out) < 2]
@@ -247,7 +254,7 @@ def ask(region: Region) -> Offer | Refusal:
         batch, rows, columns, summed = groups
         roles = [*batch, *rows, *columns]
         see_a, see_b = view(left, [*batch, *rows, *summed], region), view(right, [*batch, *summed, *columns], region)
-        sees = {key: view(layout, columns if key == "bias" else roles, region) for key, layout in zip(extra, rest, strict=True)}
+        sees = {key: view(layout, [*batch, *columns] if key == "bias" else roles, region) for key, layout in zip(extra, rest, strict=True)}
         shape = shape_of(region)
     except (Unfit, OperatorError) as unfit:
         return Refusal(name, str(unfit))
@@ -257,7 +264,8 @@ def ask(region: Region) -> Offer | Refusal:
     assert back == [axis for role in order for axis in roles[role]]
     scale, activation = float(option.get("scale", 1.0)), str(option.get("activation", "none"))
 
-    def run(a: Tensor, b: Tensor, *more: Tensor) -> Tensor:
+    def run(one: Tensor, two: Tensor, *more: Tensor) -> Tensor:
+        a, b = (two, one) if swap else (one, two)
         given = {key: see(tensor) for (key, see), tensor in zip(sees.items(), more, strict=True)}
         y = strided_gemm(see_a(a), see_b(b), scale=scale, activation=activation, order=order, **given)
         return y.permute(order).reshape(shape)

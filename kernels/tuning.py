@@ -44,12 +44,17 @@ _requests: contextvars.ContextVar[list[Request] | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def using(**cuts: Config) -> Iterator[None]:
-    """Cut kernels as told inside the block: `using(chain=config(BN=32, …))`."""
+    """Cut kernels as told inside the block, and in gradients of what it makes: `using(chain=config(BN=32, …))`."""
     token = _forced.set({**(_forced.get() or {}), **cuts})
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced(kernel: str) -> bool:
+    """Whether `using` tells how this kernel is cut."""
+    return kernel in (_forced.get() or {})
 
 
 def cut(
@@ -61,9 +66,9 @@ def cut(
         problem: the sizes that decide which Config is best. They are looked up rounded to powers of two.
         space: the configurations worth trying, pruned by what fits.
     """
-    forced = _forced.get()
-    if forced and kernel in forced:
-        return forced[kernel]
+    told = _forced.get()
+    if told and kernel in told:
+        return told[kernel]
     requests = _requests.get()
     if requests is not None:
         requests.append(Request(kernel, case(kernel, problem, tensor.dtype), tuple(space())))
@@ -187,15 +192,17 @@ def read(file: Path) -> dict[str, Config]:
         return {key: _config(**row) for key, row in value["rows"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _warn_once(file, f"{type(error).__name__}: {error}")
         return {}
 
 
 def _config(blocks: dict[str, int], warps: int, stages: int) -> Config:
     numbers = (*blocks.values(), warps, stages)
-    if not all(isinstance(number, int) and number >= 1 for number in numbers):
+    if not all(type(number) is int and number >= 1 for number in numbers):
         raise ValueError(f"blocks, warps and stages are integers of at least 1, got {numbers}")
+    if any(number & (number - 1) for number in (*blocks.values(), warps)):
+        raise ValueError(f"blocks and warps are powers of two, got {numbers[:-1]}")
     return Config(tuple(blocks.items()), warps, stages)
 
 

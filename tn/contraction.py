@@ -15,7 +15,7 @@ from tn.network import Network, network
 from tn.operators import usable
 from tn.plan import Plan
 from tn.planner import DEFAULT_ROWS, plan
-from tn.program import EinsumProgram, OperatorProgram, Program, autocast, fits_fast, program
+from tn.program import EinsumProgram, OperatorProgram, Program, added, autocast, fits_fast, program
 from tn.segments import ROW_RANGES, cells
 from tn.spec import ROWS
 
@@ -217,13 +217,12 @@ class Contraction(nn.Module):
             merged = self._merged(inputs[0])
             if merged is not None:
                 return merged
-        result = self._contract(*inputs)
         parameters: dict[str, Any] = self._parameters
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look the slow attribute up always)
-        return result if bias is None else result + bias.to(result.dtype)
+        return self._contract(*inputs, bias=bias)
 
-    def _contract(self, *inputs: Tensor) -> Any:
-        """The contraction alone. torch.compile sees the plain form chosen at construction, never the choice."""
+    def _contract(self, *inputs: Tensor, bias: Tensor | None = None) -> Any:
+        """The contraction, plus the bias if one is given. torch.compile sees the plain form chosen at construction, never the choice."""
         if len(inputs) != len(self._inputs) or not all(map(_is_tensor, inputs)):
             self._refuse(inputs)
         given = iter(inputs)
@@ -239,10 +238,10 @@ class Contraction(nn.Module):
         rows = operands[lead[0]].numel() // lead[1] if lead is not None else 0
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # one graph for every number of rows, of aten calls alone
-                return self._compiled[-1][1].plain(*operands)
+                return added(self._compiled[-1][1].plain(*operands), bias)
             if lead is None:
-                return self._compiled[self._cells.find(operands)][1](operands)
-            return next(run for below, run in self._compiled if rows < below)(operands)
+                return added(self._compiled[self._cells.find(operands)][1](operands), bias)
+            return added(next(run for below, run in self._compiled if rows < below)(operands), bias)
         grads = tuple([t.requires_grad for t in operands]) if torch.is_grad_enabled() else None
         if lead is None:
             segment = self._cells.find(operands) if self._cells.groups else 0
@@ -251,13 +250,17 @@ class Contraction(nn.Module):
         if self._hoisted is not None and grads is not None:
             hoisted = self._hoisted(stored, first.dtype, grads, segment)
             if hoisted is not None:
-                return hoisted
+                return added(hoisted, bias)
         key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment, cast)
         run = self._programs.get(key)
         if run is None:
             self._check_alike(operands)
             run = self._programs[key] = self._bind(*key[:5])
-        result = run(*operands)
+        if bias is not None and isinstance(run, OperatorProgram):
+            result = run(*operands, bias=bias)
+        else:
+            result = run(*operands)
+            result = result if bias is None else result + bias.to(result.dtype)
         if tracing.recording():
             self._record(run.plan, operands, result)
         return result

@@ -15,7 +15,7 @@ from tn.errors import OperatorError, SizeError, StructureError, unknown
 from tn.experts import Choice, Experts
 from tn.network import Network, network
 from tn.planner import plan
-from tn.program import program
+from tn.program import added, program
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank, axes_of
 
@@ -195,7 +195,7 @@ class StructuredLinear(Contraction):
         matrix = matrix.narrow(1, 0, self.out_features) if after else matrix
         return scaled(matrix, *self._clamped()) if self.clamp else matrix
 
-    def _contract(self, *inputs: Tensor) -> Tensor:
+    def _contract(self, *inputs: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(inputs) != 1:
             raise OperatorError(f"the layer takes one input, got {len(inputs)}")
         (x,) = inputs
@@ -206,15 +206,17 @@ class StructuredLinear(Contraction):
         before, after = self._pads
         ordered = x[..., self.permutation] if self._extras and self.permutation is not None else x
         padded = nn.functional.pad(ordered, (0, before)) if before else ordered
+        if not after and not self._extras and self.experts is None:
+            return super()._contract(padded, bias=bias)
         result = self._routed(padded) if self.experts is not None else super()._contract(padded)
         result = result[..., : self.out_features] if after else result
         if not self._extras:
-            return result
+            return added(result, bias)
         result = scaled(result, *self._clamped()) if self.clamp else result
         if self.shadow is not None and self.guidance is not None:
             ratio = self.guidance.to(result.dtype)
             result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
-        return result
+        return added(result, bias)
 
     def set_shadow(self, present: bool) -> None:
         """Add the dense twin of `tn.guide`, equal to the matrix and all of the output at first, or take it away."""

@@ -162,12 +162,8 @@ def attempt(offer: Offer, operands: Sequence[Tensor]) -> Offer | Refusal:
         The offer itself, or a Refusal with the message of what failed to compile or launch.
     """
     copies = [operand.detach().clone(memory_format=torch.preserve_format).requires_grad_(operand.requires_grad) for operand in operands]
-    trained = [copy for copy in copies if copy.requires_grad]
     try:
-        with torch.set_grad_enabled(bool(trained)):
-            result = offer.run(*copies)
-            if trained:
-                torch.autograd.grad(result, trained, torch.zeros_like(result))
+        _pass(offer, *copies)
         if operands and operands[0].is_cuda:
             torch.cuda.synchronize(operands[0].device)  # a kernel that faults says so only when it is waited for
     except (OperatorError, RuntimeError) as error:
@@ -175,11 +171,21 @@ def attempt(offer: Offer, operands: Sequence[Tensor]) -> Offer | Refusal:
     return offer
 
 
+def _pass(offer: Offer, *operands: Tensor) -> Tensor:
+    """The result, after the gradients of the operands that take one."""
+    trained = [operand for operand in operands if operand.requires_grad]
+    with torch.set_grad_enabled(bool(trained)):
+        result = offer.run(*operands)
+        if trained:
+            torch.autograd.grad(result, trained, torch.zeros_like(result))
+    return result
+
+
 def tune(offer: Offer, operands: Sequence[Tensor]) -> None:
-    """Measure how the operator is best cut into blocks for these operands; nothing to do for one that is not tuned."""
+    """Measure how the operator, and its gradients where operands take them, are best cut into blocks, if it is one that is tuned."""
     measure = _tuners.get(offer.operator)
     if measure is not None:
-        measure(offer.run, operands)
+        measure(functools.partial(_pass, offer), operands)
 
 
 def transforming() -> bool:

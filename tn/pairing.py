@@ -254,7 +254,7 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
     """Seconds of contractions of these extents, each in its best layout: hardly any layout is faster. (A product without a batch can also
     run as a batch of parts of M or N; parts of one size stand for all of them.)"""
     sizes = [_BYTES * h * m * k, _BYTES * h * n * k, _BYTES * h * m * n]
-    far = [np.maximum(size - machine.near, 0) / machine.far for size in sizes]
+    far = [_traffic(size, machine) for size in sizes]
     fresh = np.where(sizes[2] >= machine.paged, sizes[2] / machine.fresh, 0.0)
     mm, item = _either(m, n, k, machine)
     product = np.where(h > 1, np.minimum(h * mm, machine.call + h * item), mm)
@@ -265,10 +265,15 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
         product[wide] = np.minimum(product[wide], machine.call + item * (whole / part))
     whole = _BYTES * h * m * n * k  # an elementwise product before its sum
     elementwise = 2 * machine.element + (sizes[0] + sizes[1] + 2 * whole) / machine.multiply
-    elementwise += 2 * np.maximum(whole - machine.near, 0) / machine.far + np.where(whole >= machine.paged, whole / machine.fresh, 0.0)
+    elementwise += 2 * _traffic(whole, machine) + np.where(whole >= machine.paged, whole / machine.fresh, 0.0)
     product = np.minimum(product + 2 * machine.view, elementwise) + far[0] + far[1] + far[2]
     multiply = machine.element + (sizes[0] + sizes[1]) / machine.multiply + np.maximum(sizes[2] / machine.multiply, far[2])
     return fresh + np.where(k == 1, multiply + far[2], product)
+
+
+def _traffic(size: Array, machine: Machine) -> Array:
+    """`Machine.traffic` of many tensors."""
+    return (np.maximum(size - machine.near, 0) + np.maximum(size - machine.cache, 0)) / machine.far
 
 
 def _either(m: Array, n: Array, k: Array, machine: Machine) -> tuple[Array, Array]:

@@ -33,6 +33,7 @@ from tn.writer import Gradients, Value, Writer, tuple_of
 
 _autocasting, _HALF = torch._C._is_any_autocast_enabled, torch.float16  # looked up once: a call takes a microsecond or two
 
+_BIAS = "b0"
 # Variables and functions of generated code.
 _OURS = re.compile(
     r"[vsdxbcegy]\d+(_t)?|op_\d+|n_\w+|n|rows|size|start|gradient\d+|torch|mismatch|prod|max|min|range|len|forward(_tiled)?|backward(_tiled)?"
@@ -201,14 +202,26 @@ class OperatorProgram(Program):
 
     Attributes:
         choices: (part of the plan, the offer that runs it) pairs. woven: the plain form with the operators in it. insists: the caller
-            asked for operators, so that what they cannot run is an error.
+            asked for operators, so that what they cannot run is an error. biased: the form in which the last operator adds a bias too, if
+            it can.
     """
 
     def __init__(self, plan: Plan, choices: Sequence[tuple[regions.Part, Offer]], insists: bool) -> None:
         super().__init__(plan)
         self.choices, self.insists = tuple(choices), insists
-        functions = {f"op_{i}": offer.run for i, (_, offer) in enumerate(choices)}
-        self.woven, self.woven_source = _load(plan, "woven", _woven_source(self._code, [part for part, _ in choices]), functions)
+        self._parts = [part for part, _ in choices]
+        self._functions = {f"op_{i}": offer.run for i, (_, offer) in enumerate(choices)}
+        self.woven, self.woven_source = _load(plan, "woven", _woven_source(self._code, self._parts), self._functions)
+
+    @functools.cached_property
+    def biased(self) -> Callable[..., Any] | None:
+        """Called with the operands and a bias. Made when a bias is first given."""
+        for place, (part, offer) in enumerate(self.choices):
+            also = regions.with_bias(self.plan, part, offer)
+            if also is not None:
+                source = _woven_source(self._code, self._parts, biased=place)
+                return _load(self.plan, "biased", source, {**self._functions, f"op_{place}": also.run})[0]
+        return None
 
     @property
     def source(self) -> str:
@@ -220,19 +233,22 @@ class OperatorProgram(Program):
         dtype, device = self.plan.dtype, self.plan.device
         return all(isinstance(t, Tensor) and t.dtype is dtype and t.device.type == device for t in operands)
 
-    def __call__(self, *operands: Tensor) -> Any:
+    def __call__(self, *operands: Tensor, bias: Tensor | None = None) -> Any:
+        """Run it, and add a bias of the last stored dimension of the result."""
         if _autocasting():
             operands = tuple(autocast(operands))
         if self.choices and not see_through():
             if self.fits(operands):
                 try:
-                    return self.woven(*operands)
+                    if bias is not None and self.biased is not None:
+                        return self.biased(*operands, bias.to(self.plan.dtype))
+                    return added(self.woven(*operands), bias)
                 except OperatorError as error:
                     self._give_up(error)
             elif self.insists:
                 given = ", ".join(f"{name} {getattr(t, 'dtype', type(t).__name__)}" for name, t in zip(self.names, operands, strict=False))
                 raise OperatorError(f"backend 'triton' takes tensors of {self.plan.dtype} on {self.plan.device}, got {given}")
-        return super().__call__(*operands)
+        return added(super().__call__(*operands), bias)
 
     def _give_up(self, error: OperatorError) -> None:
         """From now on torch runs everything, and the plan says why."""
@@ -245,6 +261,11 @@ class OperatorProgram(Program):
 
     def __reduce__(self):
         return program, (self.plan, "triton" if self.insists else "planned")
+
+
+def added(result: Any, bias: Tensor | None) -> Any:
+    """result + bias, in the result's dtype."""
+    return result if bias is None else result + bias.to(result.dtype)
 
 
 def program(plan: Plan, backend: str) -> "Program | EinsumProgram":
@@ -380,8 +401,8 @@ def _plain_source(plan: Plan) -> str:
     return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
 
 
-def _woven_source(plan: Plan, parts: Sequence[regions.Part]) -> str:
-    """The plain form in which operators run some parts."""
+def _woven_source(plan: Plan, parts: Sequence[regions.Part], biased: int | None = None) -> str:
+    """The plain form in which operators run some parts; the last argument is a bias that the operator of this part takes too."""
     writer = Writer(plan)
     writer.prologue()
     values, inside = _leaves(writer, plan.turned), {value for part in parts for value in part.values}
@@ -391,6 +412,9 @@ def _woven_source(plan: Plan, parts: Sequence[regions.Part]) -> str:
         if step.out in ends:
             operator, part = ends[step.out]
             operands = [writer.view(writer.value(values, value), dims) for value, dims in part.operands]
+            if operator == f"op_{biased}":
+                last = plan.network.output.dims[-1]
+                operands.append(writer.view(Value(_BIAS, last, (last,)), tuple((axis,) for axis in last)))
             writer.add(f"{name} = {operator}({', '.join(operands)})")
             made = Value(name, tuple(axis for dim in part.result for axis in dim), part.result)
             values[step.out] = made if made.order == order else writer.reorder(made, order)
@@ -399,7 +423,8 @@ def _woven_source(plan: Plan, parts: Sequence[regions.Part]) -> str:
             p = pair(left.order, right.order, order, plan.step_size, plan.machine, tape=True)
             values[step.out] = writer.product(left, right, order, p, name, False)
     text = ", ".join(_returned(writer, values))
-    return "\n".join([f"def forward({', '.join(plan.network.names)}):", *writer.finish(text), f"    return {text}", ""])
+    names = plan.network.names if biased is None else (*plan.network.names, _BIAS)
+    return "\n".join([f"def forward({', '.join(names)}):", *writer.finish(text), f"    return {text}", ""])
 
 
 def _fast_source(plan: Plan) -> str:

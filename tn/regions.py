@@ -7,7 +7,7 @@ part of the plan: a saved plan does not know which kernel ran.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,18 +157,42 @@ def example(plan: Plan, part: Part) -> list[Tensor]:
     return made
 
 
+def with_bias(plan: Plan, part: Part, offer: Offer) -> Offer | None:
+    """The operator of a part when it also adds a bias along the result's last stored dimension, which follows the operands.
+
+    None where the part does not make the result, or the operator adds none.
+    """
+    if len(plan.results) != 1 or part.values[-1] != plan.first(plan.results[0]) or part.region.what != "contraction":
+        return None
+    last = plan.network.output.dims[-1]
+    if not set(last) <= set(part.region.out):
+        return None
+    layout = Layout.dense(last, part.region.size)
+    region = replace(part.region, operands=(*part.region.operands, layout), options=(*part.region.options, ("bias", True)))
+    for answer in offers(region):
+        if isinstance(answer, Offer) and answer.operator == offer.operator:
+            bias = torch.ones([region.size[axis] for axis in last], dtype=plan.dtype, device=plan.device)
+            tried = answer if transforming() else attempt(answer, [*_few(plan, part), bias.requires_grad_(bool(plan.grad))])
+            return tried if isinstance(tried, Offer) else None
+    return None
+
+
 def _tried(plan: Plan, part: Part, offer: Offer) -> Offer | Refusal:
     """The offer after it has run once, or why it does not. Where functions are being transformed nothing can run, and it is believed."""
     known = _failures.get((part.region, offer.operator))
     if known is not None or transforming():
         return known or offer
-    tensors = example(plan, part)
-    if interpreting():  # which takes seconds for what a device does in microseconds, and shows mistakes at any size
-        for place, layout in enumerate(part.region.operands):
-            few = [slice(_FEW if axis in part.region.dynamic else None) for axis in layout.axes]
-            tensors[place] = tensors[place][tuple(few)].detach().requires_grad_(tensors[place].requires_grad)
-    answer = attempt(offer, tensors)
+    answer = attempt(offer, _few(plan, part))
     return failed(part, offer.operator, answer.reason) if isinstance(answer, Refusal) else answer
+
+
+def _few(plan: Plan, part: Part) -> list[Tensor]:
+    """The example; with few rows in the interpreter, which takes seconds for microseconds of a device and shows mistakes at any size."""
+    tensors = example(plan, part)
+    for place, layout in enumerate(part.region.operands) if interpreting() else ():
+        few = [slice(_FEW if axis in part.region.dynamic else None) for axis in layout.axes]
+        tensors[place] = tensors[place][tuple(few)].detach().requires_grad_(tensors[place].requires_grad)
+    return tensors
 
 
 def _asked(plan: Plan, asked: Sequence[Part]) -> list[Answer]:

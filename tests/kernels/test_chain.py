@@ -5,8 +5,8 @@ import torch
 
 from tests.kernels.oracle import DEVICE, DTYPES, check, strided
 from tn.errors import OperatorError
-from tn_kernels import chain, tuning
-from tn_kernels.launch import config
+from tn_kernels import chain, chain_panels, tuning
+from tn_kernels.launch import config, recording
 
 
 def exact(x, a, c):
@@ -33,6 +33,25 @@ def test_chain(name, dtype):
     check(chain, exact, (x, a, c), dtype, terms=i * j * r + n, stages=3)
 
 
+def with_bias(x, a, c, bias):
+    return exact(x, a, c) + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", [{}, {"chain_panels": config(ROWS=16, AHEAD=1, BM=16, BRK=16, BL=16)}], ids=("registers", "panels"))
+@pytest.mark.parametrize("whole", [True, False])
+def test_chain_with_bias(cut, whole, dtype):
+    i = 3 if whole else 70
+    tensors = strided(37, i, 7), strided(i, 7, 2, 6), strided(6, i, 2, 19), strided(6, 19, order=(1, 0), step=2)
+    with tuning.using(**cut):
+        check(chain, with_bias, tensors, dtype, terms=14 * i + 37, stages=3)
+
+
+def test_a_bias_alone():
+    """A sum over nothing is zero, and the bias is still added."""
+    check(chain, with_bias, (strided(3, 0, 2), strided(0, 2, 2, 4), strided(4, 0, 2, 5), strided(4, 5)), torch.float32, terms=10)
+
+
 def test_pieces_of_everything():
     """Blocks smaller than every axis: several groups of k, pieces of i and j, blocks of rows and l, parts of the weights' sum."""
     cut = config(BN=16, BI=4, BJ=16, BR=4, BK=4, BL=16)
@@ -56,6 +75,68 @@ def test_broadcast_cores():
 
     tensors = (strided(n, i, j), strided(j, r, k), strided(i, r, l))
     check(run, lambda x, a, c: torch.einsum("nij,jrk,irl->nkl", x, a, c), tensors, torch.float32, terms=i * j * r + n * i * k)
+
+
+@pytest.fixture
+def panels():
+    """z goes through memory, in panels of 32 rows and slots for three of them."""
+    with tuning.using(chain_panels=config(ROWS=32, AHEAD=1, BM=16, BRK=16, BL=16)):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_panels(name, dtype, panels):
+    test_chain(name, dtype)
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_slots_of_panels_are_used_again(ahead):
+    """Five panels, the last of six rows. Programs run one by one here: one that waited for a later one would never end."""
+    with tuning.using(chain_panels=config(ROWS=16, AHEAD=ahead, BM=16, BRK=32, BL=32)):
+        check(chain, exact, (strided(70, 2, 5), strided(2, 5, 2, 3), strided(3, 2, 2, 17)), torch.float32, terms=90, stages=3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks inside the interpreter")
+def test_programs_of_panels_wait_for_each_other_and_say_when_they_are_done(panels, monkeypatch):
+    waited, flags = [], []
+
+    def wait(flag, count):
+        waited.append(int(count))
+
+    def zeros(*shape, **options):
+        flags.append(torch.full(shape, 0, **options))
+        return flags[-1]
+
+    monkeypatch.setattr(chain_panels, "_wait", wait)
+    monkeypatch.setattr(chain_panels.torch, "zeros", zeros)
+    x, a, c = (t.float() for t in (strided(150, 3, 5), strided(3, 5, 2, 10), strided(10, 3, 2, 20)))
+    chain(x, a, c)
+    of_first, of_second, count, slots = 3 * 2, 10 * 2, 5, 3  # programs of a panel, panels, panels at once
+    assert sorted(waited) == [of_first] * (of_second * count) + [of_second] * (of_first * (count - slots))
+    (found,) = flags
+    assert found.tolist() == [(count + 1) * (of_first + of_second), *[of_first] * count, *[of_second] * count]
+
+
+@pytest.mark.parametrize(
+    "side, rank, dtype, forward, weight",
+    [
+        (64, 1, torch.float16, "_panels_kernel", "_panels_kernel"),
+        (64, 4, torch.float16, "_panels_kernel", "_weight_kernel"),
+        (32, 1, torch.float16, "_forward_kernel", "_weight_kernel"),
+        (64, 1, torch.float32, "_forward_kernel", "_weight_kernel"),
+    ],
+)
+def test_wide_layers_take_panels(side, rank, dtype, forward, weight):
+    """Where they move clearly fewer bytes, and their slots stay in L2."""
+    shapes = (16384, side, side), (side, side, rank, side), (side, side, rank, side)
+    with recording() as calls:
+        chain(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes))
+    assert [call.kernel.__name__ for call in calls] == [forward, forward, weight, weight]
+    for call in calls:
+        if call.kernel.__name__ == "_panels_kernel":
+            scratch = call.arguments[4]
+            assert scratch.numel() * scratch.element_size() <= chain_panels.SCRATCH
 
 
 @pytest.mark.parametrize("empty", range(6))
@@ -93,7 +174,8 @@ def test_forward_mode_is_not_silently_zero():
 def test_opcheck(dtype):
     """float64 takes the torch path."""
     operands = [t.to(DEVICE, dtype).requires_grad_() for t in (strided(5, 2, 3, order=(2, 1, 0)), strided(2, 3, 2, 2), strided(2, 2, 2, 3))]
-    torch.library.opcheck(torch.ops.tn.chain.default, operands)
+    bias = operands[2][:, 0, 0].detach().requires_grad_() if dtype is torch.float32 else None
+    torch.library.opcheck(torch.ops.tn.chain.default, (*operands, bias))
 
 
 def test_wrong_shapes_and_dtypes():
@@ -102,3 +184,7 @@ def test_wrong_shapes_and_dtypes():
         chain(x, a, c[0])
     with pytest.raises(OperatorError, match="chain of torch.float32, torch.float32 and torch.float16: expected one dtype"):
         chain(x, a, c.half())
+    with pytest.raises(OperatorError, match="torch.float32, bias torch.float16: expected one dtype"):
+        chain(x, a, c, torch.ones(2, 3, device=DEVICE).half())
+    with pytest.raises(OperatorError, match=r"chain with bias \(3, 2\): expected \(2, 3\)"):
+        chain(x, a, c, torch.ones(3, 2, device=DEVICE))

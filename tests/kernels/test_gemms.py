@@ -54,7 +54,7 @@ def test_batch_reduced_size_zero(empty):
 
 def product(a, b, bias=None, other=None, scale=1.0, activation="none"):
     y = scale * torch.einsum("abcdefgh,abfghijk->abcdeijk", a, b)
-    y = ACTIVATIONS[activation](y if bias is None else y + bias)
+    y = ACTIVATIONS[activation](y if bias is None else y + (bias[:, :, None, None, None] if bias.dim() == 5 else bias))
     return y if other is None else y * other
 
 
@@ -105,11 +105,20 @@ def test_epilogues(activation, with_bias, with_other):
     check(named(strided_gemm), named(product), (a, b, *bias, *other), torch.float32, terms=20, positive=positive)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_of_each_product(dtype):
+    def positive(a, b, bias):
+        return product(a, b, bias.abs())
+
+    tensors = strided(2, 3, 33, 1, 1, 5, 1, 1), strided(2, 3, 5, 1, 1, 4, 1, 5), strided(2, 3, 4, 1, 5, order=(4, 1, 0, 3, 2))
+    check(lambda a, b, bias: strided_gemm(a, b, bias=bias), product, tensors, dtype, terms=60, stages=2, positive=positive)
+
+
 def test_strided_wrong_operands():
     a, b = torch.ones(1, 1, 2, 1, 1, 3, 1, 1, device=DEVICE), torch.ones(1, 1, 3, 1, 1, 4, 1, 1, device=DEVICE)
     with pytest.raises(OperatorError, match=r"expected \(h h m m m k k k\) and \(h h k k k n n n\)"):
         strided_gemm(a, a)
-    with pytest.raises(OperatorError, match=r"with bias \(3, 1, 1\): expected \(4, 1, 1\)"):
+    with pytest.raises(OperatorError, match=r"with bias \(1, 1, 3, 1, 1\): expected \(1, 1, 4, 1, 1\)"):
         strided_gemm(a, b, bias=torch.ones(3, 1, 1, device=DEVICE))
     with pytest.raises(OperatorError, match="unknown activation 'swish': one of none, relu"):
         strided_gemm(a, b, activation="swish")
@@ -146,7 +155,8 @@ def test_gates(activation):
 OPERANDS = {
     "batch_reduced_gemm": lambda: (strided(2, 3, 4, order=(2, 1, 0)), strided(2, 4, 5), True),
     "strided_gemm": lambda: (
-        strided(1, 2, 3, 2, 1, 5, 1, 1), strided(1, 2, 5, 1, 1, 4, 1, 1), strided(4, 1, 1), None, 0.5, "silu", [5, 2, 6, 0, 3, 1, 7, 4],
+        strided(1, 2, 3, 2, 1, 5, 1, 1), strided(1, 2, 5, 1, 1, 4, 1, 1), strided(1, 2, 4, 1, 1), None, 0.5, "silu",
+        [5, 2, 6, 0, 3, 1, 7, 4],
     ),
     "gated": lambda: (strided(5, 3), strided(3, 4), strided(3, 4, order=(1, 0)), "silu"),
 }  # fmt: skip

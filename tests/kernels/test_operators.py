@@ -14,6 +14,7 @@ from tests.kernels.oracle import DEVICE
 from tn import operators
 from tn.errors import OperatorError
 from tn.operators import Layout, Offer, Refusal, Region, attempt, offers, register, require
+from tn_kernels import pointwise
 from tn_kernels.launch import recording
 
 SIZES = dict(b=6, i=3, j=4, r=2, k=5, l=7)
@@ -124,6 +125,31 @@ def test_a_product_with_everything_around_it():
     torch.testing.assert_close(offer.run(a, b, bias, other).double(), want, rtol=1e-4, atol=1e-4)
 
 
+BIASED = {
+    "chain": region("b i j, i j r k, k i r l, k l", "b k l"),
+    "chain, operands in another order": region("k i r l, i j r k, b i j, k l", "b k l"),
+    "strided_gemm": region("b k i r, k i r l, k l", "b k l"),
+    "strided_gemm, the weight first": region("k j, b j, k", "b k"),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_is_offered(name):
+    case = dataclasses.replace(BIASED[name], options=(("bias", True),))
+    offer, (*tensors, bias) = answer(name.split(",")[0], case), tensors_of(case)
+    assert isinstance(offer, Offer), offer
+    without = dataclasses.replace(case, operands=case.operands[:-1])
+    torch.testing.assert_close(offer.run(*tensors, bias).double(), exact(without, tensors) + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["chain", "strided_gemm"])
+def test_a_bias_that_is_not_along_columns_is_refused(operator):
+    spec = {"chain": "b i j, i j r k, k i r l, b l", "strided_gemm": "b j, j k, b k"}[operator]
+    case = dataclasses.replace(region(spec, "b k l" if operator == "chain" else "b k"), options=(("bias", True),))
+    refusal = answer(operator, case)
+    assert isinstance(refusal, Refusal) and "a bias along b" in refusal.reason
+
+
 def test_gated_offers():
     case = dataclasses.replace(region("b i j, i j k, k j i", "b k", orders=[[*"bij"], [*"kij"], [*"jik"]]), what="gated")
     refusal = answer("gated", case)
@@ -171,6 +197,41 @@ def test_attention_through_tn_ops():
         tn.ops.attention(q.double(), k.double(), v.double(), backend="triton")
     with pytest.raises(OperatorError, match="unknown attention backend 'trition': did you mean 'triton'"):
         tn.ops.attention(q, k, v, backend="trition")
+
+
+def test_grouped_attention_through_tn_ops():
+    q, k, v = torch.randn(2, 6, 40, 8, device=DEVICE), *(torch.randn(2, 2, 40, 8, device=DEVICE) for _ in range(2))
+    for mask in (tn.Mask(window=7, sink=2), tn.Mask()):
+        torch.testing.assert_close(tn.ops.attention(q, k, v, mask, backend="triton"), tn.ops.attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("activation", tn.ops.ACTIVATIONS)
+def test_gated_through_tn_ops(activation):
+    """Value and gradients, w as nn.Linear stores it."""
+    x, w, v = torch.randn(2, 9, 20, device=DEVICE), torch.randn(18, 20, device=DEVICE).mT, torch.randn(20, 18, device=DEVICE)
+    operands = [t.requires_grad_() for t in (x, w, v)]
+    got, want = (tn.ops.gated(*operands, activation, backend=backend) for backend in ("triton", "torch"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    g = torch.randn_like(want)
+    for one, other in zip(torch.autograd.grad(got, operands, g), torch.autograd.grad(want, operands, g), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2 if activation == "square" else 1e-3)
+    assert tn.ops.gated(x[:0], w, v, activation, backend="triton").shape == (0, 9, 18)
+    with pytest.raises(OperatorError, match="gated: dtype float64; it computes in float32"):
+        tn.ops.gated(*(t.double() for t in operands), activation, backend="triton")
+    assert tuple(tn.ops.ACTIVATIONS) == tuple(pointwise.ACTIVATIONS)
+
+
+def test_latent_attention_through_tn_ops():
+    sizes = (2, 2, 3, 20), (2, 2, 3, 6), (2, 40, 20), (2, 40, 6)
+    q, qr, latent, rope = (torch.randn(shape, device=DEVICE) for shape in sizes)
+    for lengths in (None, torch.tensor([40, 1], device=DEVICE)):
+        got, want = (tn.ops.mla_decode(q, qr, latent, rope, lengths, scale=0.2, backend=backend) for backend in ("triton", "torch"))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(OperatorError, match="no operator can run this mla_decode:\n(.*\n)*  mla_decode: dtype float64"):
+        tn.ops.mla_decode(*(t.double() for t in (q, qr, latent, rope)), scale=0.2, backend="triton")
+    wide = torch.randn(1, 1, 1, 600, device=DEVICE)
+    with pytest.raises(OperatorError, match="c up to 512, r up to 128"):
+        tn.ops.mla_decode(wide, wide[..., :6], wide[0], wide[0, ..., :6], scale=0.2, backend="triton")
 
 
 def test_squared_attention_through_tn_ops():

@@ -137,6 +137,59 @@ def test_a_layer_that_insists_gives_the_same_numbers(structure):
     assert layer(torch.randn(0, 24, device=DEVICE)).shape == (0, 18)
 
 
+@pytest.mark.parametrize("structure", ["btt", "monarch", "low_rank", "dense", "blast"])
+@pytest.mark.parametrize("outputs", [18, 17])
+def test_operators_add_the_bias(structure, outputs):
+    """Also of padded layers, where the bias is shorter than the result and torch adds it."""
+    layer = tn.StructuredLinear(24, outputs, structure=structure, backend="triton", device=DEVICE)
+    plain = tn.StructuredLinear(24, outputs, structure=structure, dtype=torch.float64)
+    with torch.no_grad():
+        layer.bias.normal_()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(7, 24, device=DEVICE, requires_grad=True)
+    wide = x.detach().double().cpu().requires_grad_()
+    got, want = layer(x), plain(wide)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
+    g = torch.randn_like(got)
+    ours = torch.autograd.grad(got, [x, *layer.parameters()], g)
+    theirs = torch.autograd.grad(want, [wide, *plain.parameters()], g.double().cpu())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=2e-4)
+    (run,) = layer._programs.values()
+    if layer.built.d_out == outputs:
+        assert run.biased is not None
+        with torch.no_grad():  # nothing is added outside
+            torch.testing.assert_close(run.biased(x, *(getattr(layer, name) for name in layer.network.cores), layer.bias), got)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), got)
+
+
+def test_a_bias_that_no_operator_adds_is_added_by_torch(monkeypatch):
+    monkeypatch.setattr(regions, "with_bias", lambda *_: None)
+    layer = tn.StructuredLinear(22, 18, structure="btt", backend="triton", device=DEVICE)
+    with torch.no_grad():
+        layer.bias.normal_()
+    x = torch.randn(7, 22, device=DEVICE)
+    torch.testing.assert_close(layer(x), x @ layer.to_dense().mT + layer.bias)
+
+
+def test_the_bias_of_a_kernel_that_fails_later(monkeypatch):
+    """The bias is there when torch takes over."""
+    layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=3, device=DEVICE)
+    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(8)] for a in regions.answers(p) if a.answer.operator == "chain"))
+    with torch.no_grad():
+        layer.bias.normal_()
+    x = torch.randn(3, 20, device=DEVICE)
+    tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
+    try:
+        want = layer(x)
+        _breaking(monkeypatch)
+        with pytest.warns(UserWarning, match="from here on: out of resource"):
+            torch.testing.assert_close(layer(x), want)
+        torch.testing.assert_close(layer(x), want)
+    finally:
+        tn.use_table(None, DEVICE)
+
+
 def test_the_backend_of_a_block_and_of_one_call():
     layer = tn.StructuredLinear(12, 12, structure="btt", device=DEVICE)
     x = torch.randn(5, 12, device=DEVICE)

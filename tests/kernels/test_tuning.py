@@ -1,13 +1,16 @@
 """Blocks of kernels: the table on disk, what is worth trying, and a whole tuning run on pretended times."""
 
 import json
+import threading
 import warnings
 
 import pytest
 import torch
 
 from tests.kernels.oracle import DEVICE
+from tn import operators
 from tn.errors import OperatorError
+from tn.operators import Offer
 from tn_kernels import chain, gated, tuning
 from tn_kernels.launch import config, recording
 
@@ -38,6 +41,9 @@ def test_no_table_is_an_empty_one(tmp_path):
         json.dumps({"format": 1, "rows": {"a": {"blocks": {"BM": "64"}, "warps": 4, "stages": 2}}}),
         json.dumps({"format": 1, "rows": {"a": {**ROW, "warps": 0}}}),
         json.dumps({"format": 1, "rows": {"a": {**ROW, "colour": 1}}}),
+        json.dumps({"format": 1, "rows": {"a": {**ROW, "blocks": {"BM": 48}}}}),
+        json.dumps({"format": 1, "rows": {"a": {**ROW, "stages": True}}}),
+        "[" * 100_000,
         json.dumps({"format": 1, "rows": ["a"]}),
         "\udcff",
     ],
@@ -78,6 +84,41 @@ def test_forced_blocks_hold_inside_the_block_only():
     forward = [call.config for call in calls if "forward" in call.kernel.__name__]
     assert forward[0] == cut
     assert cut not in forward[2:]
+
+
+def test_gradients_are_cut_as_the_forward_pass_was():
+    """Also in another thread, as autograd's on CUDA, and after the block."""
+    x = torch.ones(20, 18, device=DEVICE, requires_grad=True)
+    with tuning.using(gated=config(BN=16, BD=16, BE=16)):
+        y = gated(x, x.T @ x, x.T @ x)
+    seen = []
+
+    def cut_of(kernel, *_):
+        seen.append((kernel, tuning.forced(kernel)))
+        return config(BN=16, BD=16, BE=16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "cut", cut_of)
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    assert seen == [("gated", True)]
+    assert x.grad is not None
+
+
+def test_a_calibration_tunes_gradients_too(monkeypatch):
+    asked = []
+    monkeypatch.setitem(operators._tuners, "gated", lambda run, operands: asked.append((run, operands)))
+    x = torch.ones(20, 18, device=DEVICE, requires_grad=True)
+    operators.tune(Offer("gated", lambda x: gated(x, x.T @ x, x.T @ x), ""), [x])
+    ((run, operands),) = asked
+    requests = []
+    token = tuning._requests.set(requests)
+    try:
+        run(*operands)
+    finally:
+        tuning._requests.reset(token)
+    assert [request.kernel for request in requests] == ["gated", "gated"]  # forward and backward
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 100])

@@ -42,6 +42,90 @@ def test_attention_refuses_what_does_not_fit():
         tn.Mask(window=-1)
 
 
+def test_heads_share_keys_in_groups():
+    q, k, v = torch.randn(2, 6, 5, 4, dtype=torch.float64), *(torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(2))
+    each = [t.repeat_interleave(3, 1) for t in (k, v)]
+    for mask in (tn.Mask(), tn.Mask(window=2, sink=1), tn.Mask(causal=False)):
+        torch.testing.assert_close(ops.attention(q, k, v, mask), ops.attention(q, *each, mask))
+    with pytest.raises(tn.SizeError, match="groups that divide the heads"):
+        ops.attention(q, k[:, :0], v[:, :0])
+    with pytest.raises(tn.SizeError, match="groups that divide the heads"):
+        ops.attention(q[:, :5], k, v)
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_gated_is_two_products(activation):
+    gates = {
+        "none": lambda x: x,
+        "relu": lambda x: x.clamp(min=0),
+        "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+        "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+        "silu": lambda x: x / (1 + torch.exp(-x)),
+        "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+        "square": lambda x: x**2,
+    }
+    x, w, v = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5), (5, 4), (5, 4)))
+    want = gates[activation](torch.einsum("abd,de->abe", x, w)) * torch.einsum("abd,de->abe", x, v)
+    torch.testing.assert_close(ops.gated(x, w, v, activation), want)
+
+
+def test_gated_refuses_what_does_not_fit():
+    x, w = torch.ones(2, 5), torch.ones(5, 4)
+    with pytest.raises(tn.SizeError, match=r"expected \(..., d\), \(d, e\), \(d, e\)"):
+        ops.gated(x, w, w.mT)
+    with pytest.raises(tn.OperatorError, match="unknown activation 'sillu': did you mean 'silu'"):
+        ops.gated(x, w, w, "sillu")
+    with pytest.raises(tn.OperatorError, match="unknown gated backend 'cuda'"):
+        ops.gated(x, w, w, backend="cuda")
+
+
+def test_latent_attention_is_attention_over_what_the_cache_stands_for():
+    """Keys are up-projected latents beside rotated keys that all heads share, values up-projected latents; nothing absorbed."""
+    up_k, up_v = (torch.randn(3, 7, n, dtype=torch.float64) for n in (4, 6))  # head, latent, width
+    q, qr = torch.randn(2, 2, 3, 4, dtype=torch.float64), torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    latent, rope = torch.randn(2, 9, 7, dtype=torch.float64), torch.randn(2, 9, 5, dtype=torch.float64)
+    got = ops.mla_decode(torch.einsum("bshn,hcn->bshc", q, up_k), qr, latent, rope, torch.tensor([9, 6]), scale=0.3)
+    for i, length in enumerate((9, 6)):
+        seen = latent[i, :length]
+        keys = torch.cat([torch.einsum("tc,hcn->htn", seen, up_k), rope[i, :length].expand(3, -1, -1)], -1)
+        queries = torch.cat([q[i], qr[i]], -1).transpose(0, 1)
+        want = ops.attention(queries, keys, torch.einsum("tc,hcn->htn", seen, up_v), scale=0.3)
+        torch.testing.assert_close(torch.einsum("shc,hcn->hsn", got[i], up_v), want)
+    assert ops.mla_decode(q, q, latent[:, :, :4], latent[:, :, :4], torch.tensor([1, 0]), scale=0.3)[:, 0].eq(0).all()  # sees nothing
+
+
+def test_latent_attention_refuses_what_does_not_fit():
+    q, latent = torch.ones(1, 1, 2, 4), torch.ones(1, 3, 4)
+    with pytest.raises(tn.SizeError, match=r"mla_decode of q \(1, 1, 2, 4\).*expected \(batch, queries, heads, c\)"):
+        ops.mla_decode(q, q, latent, latent[..., :2], scale=1.0)
+    with pytest.raises(tn.SizeError, match="lengths torch.float32 .*expected 1 integers"):
+        ops.mla_decode(q, q, latent, latent, torch.ones(1), scale=1.0)
+    with pytest.raises(tn.OperatorError, match="unknown mla_decode backend 'tritn': did you mean 'triton'"):
+        ops.mla_decode(q, q, latent, latent, scale=1.0, backend="tritn")
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        q = ops.gated(x, w, w, "silu", backend=self.backend).unflatten(-1, (2, -1))
+        return ops.mla_decode(q, q, latent, latent, scale=0.5, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_a_trace_of_gates_and_latents(backend):
+    """The FLOPs that torch counts; asking for kernels is no obstacle where nothing runs."""
+    inputs = torch.randn(2, 1, 6), torch.randn(6, 8), torch.randn(2, 5, 4)
+    trace = tn.trace(Decoder(backend), *inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Decoder("torch")(*inputs)
+    assert trace.flops == counter.get_total_flops()
+    what = [n.what for n in trace.nodes if n.kind == "pointwise"]
+    assert what == ["silu", "multiply", "add", "softmax"]
+
+
 def test_cross_entropy_counts_real_targets_only():
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, -100, 2], [-100, 0, 4]])
     each = ops.cross_entropy(logits, targets, reduction="none")

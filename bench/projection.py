@@ -4,7 +4,7 @@ import math
 import statistics
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from tn.linear import core_std
 from tn.projection_svd import as_tensor
 from tn.structures.registry import Built
 
-# btt_norm's matrices are btt's, btt_moe is no linear map, and every matrix is dense.
+# btt_norm is projected as btt is, btt_moe as btt of rank 1 in every expert, and every matrix is dense.
 CASES: dict[str, dict[str, object]] = {"low_rank": {"rank": 16}, "tt": {"rank": 16}, "tt 3 cores": {"rank": 8, "cores": 3},
     "kronecker": {"rank": 4}, "kronecker 3 cores": {"rank": 4, "cores": 3}, "monarch": {}, "btt": {"rank": 2},
     "btt 3 cores": {"rank": 2, "cores": 3}, "block_diagonal": {}, "blast": {"rank": 48},
@@ -83,13 +83,14 @@ class AdamFits:
                 self.least = torch.minimum(self.least, off.flatten(1).square().sum(1) + self.outside)
 
 
-def fit_rows(case: str, kind: str, count: int, steps: int, alone: float) -> Iterator[Row]:
+def fit_rows(case: str, kind: str, seeds: Iterable[int], steps: int, alone: float) -> Iterator[Row]:
     """A row for each matrix of a kind: our time and error, and over those the fits'.
 
     Args:
+        seeds: numbers of the matrices.
         alone: seconds that fifteen fits take one by one: the time of the fits is this or that of the batch, whichever is less.
     """
-    for seed in range(count):
+    for seed in seeds:
         weight, times = matrix(kind, seed, SHAPE), []
         for _ in range(_REPEATS):
             begun = time.perf_counter()
@@ -135,6 +136,7 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m bench projection", description=__doc__)
     parser.add_argument("--family", nargs="*", default=list(CASES), help=f"only these (default: all of {', '.join(CASES)})")
     parser.add_argument("--matrices", type=int, default=10, help="of each kind, 256 × 384 (default: 10)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first matrix (default: 0)")
     parser.add_argument("--kind", nargs="*", default=["gaussian", "spectrum"], choices=["gaussian", "spectrum"], help="(default: both)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of Adam (default: {STEPS})")
     parser.add_argument("--out", type=Path, default=RESULTS / "projection.jsonl", help="file the rows are added to")
@@ -149,7 +151,7 @@ def main(arguments: list[str]) -> int:
         tn.project(matrix("gaussian", 0, SHAPE), structure=case.split(" ")[0], **CASES[case])  # first calls import and plan
         alone = one_by_one(case, given.steps)
         for kind in given.kind:
-            for row in fit_rows(case, kind, given.matrices, given.steps, alone):
+            for row in fit_rows(case, kind, range(given.first, given.first + given.matrices), given.steps, alone):
                 append([row], given.out)  # at once: a sweep takes an hour
                 found.append(row)
     console = wide_console()

@@ -92,17 +92,16 @@ def _training(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _flops(layer: nn.Module, width: int) -> int:
-    """Of one row forward, 2 a multiply-add, cores applied in the order written; 0 where we do not know."""
+    """Of one row forward, 2 a multiply-add, cores applied in the order written, of experts those that run; 0 where we do not know."""
     if not isinstance(layer, tn.StructuredLinear):
         return 2 * width * width if isinstance(layer, nn.Linear) else 0
-    if layer.experts is not None:
-        return 2 * (layer.experts.active * tn.structures.macs(layer.reference) + layer.experts.count * width)
     return 2 * layer.built.macs
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Times faster than nn.Linear, a line for each layer and a mark for each width and number of rows."""
     from matplotlib.figure import Figure  # late: only when a picture is wanted
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # late: the same
 
     shown = [row for row in rows if row.ratio and not row.case.startswith("nn.Linear")]
     names = list(dict.fromkeys(row.case.rpartition(" ")[0] for row in shown))
@@ -116,6 +115,9 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.plot([row.ratio for row in points], places, mark, markersize=5, label=f"width {kind[0]}, {kind[1]} rows")
         axes.axvline(1, color="gray", linewidth=0.8)
         axes.set(xscale="log", xlabel="times faster than nn.Linear", title=what)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(names)), names)
         axes.grid(alpha=0.3)
     panels[0].invert_yaxis()

@@ -66,6 +66,9 @@ def multiply(after: "StructuredLinear", before: "StructuredLinear") -> "Structur
     build = type(after).from_cores
     kinds = (after.structure, before.structure)
     left, right = _values(after), _values(before)
+    dtypes, devices = ([getattr(next(layer.parameters()), name) for layer in (after, before)] for name in ("dtype", "device"))
+    if dtypes[0] is not dtypes[1] or devices[0] != devices[1]:
+        raise StructureError(f"cannot multiply: the left layer is {dtypes[0]} on {devices[0]}, the right one {dtypes[1]} on {devices[1]}")
     if "low_rank" in kinds:
         if before.structure == "low_rank" and (after.structure != "low_rank" or before.rank <= after.rank):
             return build("low_rank", {"first": right["first"], "second": right["second"] @ after.to_dense().detach().mT})

@@ -234,7 +234,7 @@ class Contraction(nn.Module):
         stored = operands
         if torch._C._is_any_autocast_enabled():
             operands = list(autocast(operands))
-        first, lead = operands[0], self._lead
+        first, lead, cast = operands[0], self._lead, stored is not operands
         rows = operands[lead[0]].numel() // lead[1] if lead is not None else 0
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # one graph for every number of rows, of aten calls alone
@@ -251,10 +251,11 @@ class Contraction(nn.Module):
             hoisted = self._hoisted(stored, first.dtype, grads, segment)
             if hoisted is not None:
                 return added(hoisted, bias)
-        key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment)
+        key = (first.dtype, first.device, grads, _forced.get() or self.backend, segment, cast)
         run = self._programs.get(key)
         if run is None:
-            run = self._programs[key] = self._bind(*key)
+            self._check_alike(operands)
+            run = self._programs[key] = self._bind(*key[:5])
         if bias is not None and isinstance(run, OperatorProgram):
             result = run(*operands, bias=bias)
         else:
@@ -281,6 +282,20 @@ class Contraction(nn.Module):
         for name, value in zip(self._inputs, inputs, strict=True):
             if not isinstance(value, Tensor):
                 raise OperatorError(f"input {name!r} is a {type(value).__name__}, expected a torch.Tensor")
+
+    def _check_alike(self, operands: Iterable[Tensor]) -> None:
+        """Raise OperatorError unless tensors have the dtype of the first core, as autocast leaves it, and are where it is."""
+        core = next((getattr(self, name) for name in self.network.cores), None)
+        if core is None:
+            return
+        (wanted,) = autocast([core]) if torch._C._is_any_autocast_enabled() else [core]
+        for operand in operands:
+            if operand.device != wanted.device:
+                raise OperatorError(f"input is on {operand.device}, the layer on {wanted.device}: move one of them")
+            if operand.dtype is not wanted.dtype:
+                raise OperatorError(
+                    f"input is {operand.dtype}, the layer {wanted.dtype}: convert the input by .to({wanted.dtype}), or the layer"
+                )
 
     def _bind(
         self, dtype: torch.dtype, device: torch.device, grads: tuple[bool, ...] | None, backend: str, segment: int

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tn.checks import positive
 from tn.contraction import Contraction
-from tn.errors import SizeError, StructureError
+from tn.errors import SizeError, StructureError, unknown
 from tn.scaling import param_groups
 
 _ROWS = 64
@@ -29,7 +30,13 @@ class CoordinateCheck:
     changes: dict[str, tuple[float, ...]]
 
     def slope(self, layer: str) -> float:
-        """Of log change against log width, least squares: 0 is a change that does not depend on the width."""
+        """Of log change against log width, least squares: 0 is a change that does not depend on the width.
+
+        Raises:
+            StructureError: a layer that was not measured.
+        """
+        if layer not in self.changes:
+            raise StructureError(unknown("layer", layer, self.changes))
         x, y = [math.log(w) for w in self.widths], [math.log(max(c, 1e-300)) for c in self.changes[layer]]
         return statistics.linear_regression(x, y).slope
 
@@ -90,23 +97,35 @@ def coordinate_check(
     >>> list(check.changes)
     ['0', '2']
     """
-    sizes = tuple(sorted(set(widths)))
-    if len(sizes) < 2 or sizes[0] < 1 or steps < 1 or seeds < 1:
-        raise SizeError(f"needs two or more widths and at least one step and seed, got widths {sizes}, steps={steps}, seeds={seeds}")
+    for what, function in (("model_fn", model_fn), ("loss", loss), ("groups", groups)):
+        if not callable(function) and not (function is None and what != "model_fn"):
+            raise StructureError(f"{what} is {function!r}, expected a function")
+    given = list(widths) if isinstance(widths, Iterable) else [widths]
+    if len(set(given)) < 2 or not all(map(positive, (*given, steps, seeds))):
+        raise SizeError(f"needs two or more widths and at least one step and seed, all integers, got {widths=}, {steps=}, {seeds=}")
+    sizes = tuple(sorted(set(given)))
     changes: dict[str, list[float]] = {}
     with torch.random.fork_rng(devices=[]):
-        base = model_fn(sizes[0])
+        base = _model(model_fn, sizes[0])
         for width in sizes:
             found: dict[str, list[float]] = {}
             for seed in range(seeds):
                 torch.manual_seed(seed)
-                model = model_fn(width)
+                model = _model(model_fn, width)
                 wanted = groups(model) if groups else param_groups(model, lr=lr, base=base)
                 for layer, change in _trained(model, wanted, loss or _labels(model, seed), steps, lr).items():
                     found.setdefault(layer, []).append(change)
             for layer, values in found.items():
                 changes.setdefault(layer, []).append(statistics.mean(values))
     return CoordinateCheck(sizes, {layer: tuple(values) for layer, values in changes.items()})
+
+
+def _model(model_fn: Callable[[int], nn.Module], width: int) -> nn.Module:
+    model = model_fn(width)
+    if not isinstance(model, nn.Module):
+        raise StructureError(f"model_fn({width}) is a {type(model).__name__}, expected a torch.nn.Module")
+    _layers(model)
+    return model
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -139,6 +158,8 @@ def _trained(
 ) -> dict[str, float]:
     """Layer → root mean square difference of its output before and after the steps."""
     before = _outputs(model, loss)
+    if not groups:
+        raise StructureError("groups gave no parameter groups")
     optimizer = torch.optim.Adam(groups, lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -157,8 +178,11 @@ def _outputs(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str,
     ]
     try:
         with torch.no_grad():
-            loss(model)
+            found_loss = loss(model)
     finally:
         for handle in handles:
             handle.remove()
+    if not isinstance(found_loss, Tensor) or found_loss.numel() != 1:
+        got = f"shape {tuple(found_loss.shape)}" if isinstance(found_loss, Tensor) else f"a {type(found_loss).__name__}"
+        raise StructureError(f"loss gave {got}, expected one number as a tensor")
     return found

@@ -4,6 +4,7 @@ import math
 
 from torch import nn
 
+from tn.checks import check_model
 from tn.errors import StructureError
 from tn.linear import StructuredLinear
 from tn.structures import get
@@ -58,6 +59,7 @@ def guide(model: nn.Module, steps: int) -> Guide:
     >>> [round(fading.step(), 2) for _ in range(4)]
     [0.85, 0.5, 0.15, 0.0]
     """
+    check_model(model)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise StructureError(f"steps is {steps!r}, expected an integer ≥ 1")
     layers = {

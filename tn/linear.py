@@ -8,14 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from tn import algebra, ops, structures, tracing
-from tn.contraction import Contraction
+from tn.checks import check_flags, positive
+from tn.clamp import factor, scaled
+from tn.contraction import Contraction, current_backend
 from tn.errors import OperatorError, SizeError, StructureError, unknown
-from tn.experts import Experts
-from tn.network import Network
-from tn.program import added
+from tn.experts import Choice, Experts
+from tn.network import Network, network
+from tn.planner import plan
+from tn.program import added, program
 from tn.structures.budget import fit
-from tn.structures.registry import Built, Factors, Options, Rank, axes_of, positive
+from tn.structures.registry import Built, Factors, Options, Rank, axes_of
 
+_FULL = (torch.float32, torch.float64)
+_autocasting = torch._C._is_any_autocast_enabled
 INITS = ("mup", "standard", "normal")
 
 
@@ -81,11 +86,14 @@ class StructuredLinear(Contraction):
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if not positive(size):
                 raise StructureError(f"{what} is {size!r}, expected an integer ≥ 1")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
-            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one")
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+        ):
+            raise StructureError(f"dtype is {dtype!r}, expected a floating or complex one of at least 16 bits")
+        check_flags(bias=bias, gains=gains, permuted=permuted, zero_init=zero_init, clamp=clamp is None or clamp)
         _check_init(init, std)
         family = structures.get(structure)
-        options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta)
+        options = Options(rank=rank, factors=factors, cores=cores, blocks=blocks, theta=theta, active=active)
         built = fit(family, in_features, out_features, options, match=match, budget=budget)
         super().__init__(
             str(built.network.spec),
@@ -100,14 +108,11 @@ class StructuredLinear(Contraction):
         self.structure, self.rank, self.factors = structure, built.rank, built.factors
         self.clamp = family.clamped if clamp is None else clamp
         self.init, self.std = init, std
-        if family.gated is None and active is not None:
-            raise StructureError(f"{structure} has no experts, got active={active!r}")
-        self.experts = (
-            Experts(built, family.gated, min(2, built.network.sizes[family.gated]) if active is None else active) if family.gated else None
-        )
-        self._balance: Tensor | None = None
+        self.experts = Experts(built) if family.gated else None
+        self._choice: Choice | None = None
         self._stds = self.start()
         self._pads = built.d_in - in_features, built.d_out - out_features
+        self._matrix_network = _of_matrix(built.network) if self._tiny and self.experts is None else None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         if self.clamp and gains:
@@ -154,7 +159,45 @@ class StructuredLinear(Contraction):
         """What starts and rates go by: the network; of a gated structure, that of one expert."""
         return self.experts.single if self.experts is not None else self.network
 
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if self._matrix_network is not None and torch.is_grad_enabled() and len(inputs) == 1 and isinstance(inputs[0], Tensor):
+            matrix = self._trained_matrix(inputs[0])
+            if matrix is not None:
+                (x,), bias = inputs, self._parameters["bias"]
+                if self._extras and self.permutation is not None:
+                    x = x[..., self.permutation]
+                return torch.addmm(bias, x, matrix) if x.dim() == 2 and bias is not None else nn.functional.linear(x, matrix.mT, bias)
+        return super().forward(*inputs)
+
+    def _trained_matrix(self, x: Tensor) -> Tensor | None:
+        """The matrix (in_features, out_features) of a tiny layer, whose every call then is one product and the fewest small operations;
+        None where something has to see the contraction, or the input is not what that takes."""
+        parameters, dtype = self._parameters, x.dtype
+        if dtype not in _FULL or not x.is_cpu or x.shape[-1:] != (self.in_features,):
+            return None
+        if self._hoisted is not None or "bias" not in parameters:
+            return None
+        cores, bias = [parameters.get(name) for name in self.network.cores], parameters["bias"]
+        if any(core is None or core.dtype is not dtype for core in cores) or (bias is not None and bias.dtype is not dtype):
+            return None  # a parametrisation; a mistake that the contraction names
+        other = (self._extras and self.shadow is not None) or (current_backend() or self.backend) != "planned"
+        if other or torch.compiler.is_compiling() or _autocasting() or tracing.recording():
+            return None
+        run = self._programs.get(("matrix", dtype))
+        if run is None:
+            assert self._matrix_network is not None
+            made = plan(self._matrix_network, grad=self.network.cores, dtype=dtype)
+            run = self._programs["matrix", dtype] = program(made, "plain")
+        matrix: Tensor = run.plain(*cores)
+        before, after = self._pads
+        matrix = matrix.narrow(0, 0, self.in_features) if before else matrix
+        matrix = matrix.narrow(1, 0, self.out_features) if after else matrix
+        return scaled(matrix, *self._clamped()) if self.clamp else matrix
+
     def _contract(self, *inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(inputs) != 1:
+            raise OperatorError(f"the layer takes one input, got {len(inputs)}")
         (x,) = inputs
         if not isinstance(x, Tensor):
             raise OperatorError(f"input is a {type(x).__name__}, expected a torch.Tensor")
@@ -169,7 +212,7 @@ class StructuredLinear(Contraction):
         result = result[..., : self.out_features] if after else result
         if not self._extras:
             return added(result, bias)
-        result = result * self._gain().to(result.dtype) if self.clamp else result
+        result = scaled(result, *self._clamped()) if self.clamp else result
         if self.shadow is not None and self.guidance is not None:
             ratio = self.guidance.to(result.dtype)
             result = ratio * nn.functional.linear(x, self.shadow) + (1 - ratio) * result
@@ -185,29 +228,24 @@ class StructuredLinear(Contraction):
     def _routed(self, x: Tensor) -> Tensor:
         """The contraction by the experts that the gate chooses for each row."""
         assert self.experts is not None
+        self._check_alike([x, self.gate])
         cores = {name: getattr(self, name) for name in self.network.cores}
-        result, balance = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
+        result, choice = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
         if not torch.compiler.is_compiling():
-            self._balance = balance
+            self._choice = choice
         result = result.reshape(*x.shape[:-1], result.shape[-1])
         if tracing.recording():
             count = sum(parameter.numel() for parameter in self.parameters())
             self.experts.record(str(self.network.spec), result, math.prod(x.shape[:-1]), count, self.gate)
         return result
 
-    def _gain(self) -> Tensor:
-        """What the clamped cores together are of the stored ones: the map is linear in each core, so one number does.
+    def _clamped(self) -> tuple[list[float], Tensor | None, list[Tensor]]:
+        """What `tn.clamp` needs: the standard deviation each core starts with, the gains, the cores."""
+        return list(self._stds.values()), getattr(self, "gains", None), [getattr(self, name) for name in self._stds]
 
-        RMS clamp with gain of arXiv:2406.06248: M ← γ M / max(1, RMS(M) / σ), σ the standard deviation the core starts with."""
-        total = None
-        for name, std in self._stds.items():
-            core = getattr(self, name)
-            rms = (core.float() if core.dtype.itemsize < 4 else core).square().mean().add(1e-8).sqrt()
-            factor = (rms / std).clamp(min=1).reciprocal()
-            total = factor if total is None else total * factor
-        assert total is not None
-        gains = getattr(self, "gains", None)
-        return total if gains is None else total * gains.prod()
+    def _gain(self) -> Tensor:
+        """What the clamped cores together are of the stored ones."""
+        return factor(*self._clamped())
 
     def to_dense(self) -> Tensor:
         """The matrix (out_features, in_features), differentiable in the cores. Raises OperatorError where there is none (btt_moe)."""
@@ -253,6 +291,13 @@ class StructuredLinear(Contraction):
         net = algebra.sizes_of(structure, cores)
         d_in, d_out = algebra.features(net)
         ins, outs, ranks = ([net.sizes[axis] for axis in axes] for axes in axes_of(net))
+        if len({core.device for core in cores.values()}) > 1:
+            raise StructureError(f"cores are on the devices {', '.join(str(core.device) for core in cores.values())}, expected one")
+        for what, value in (("bias", bias), ("permutation", permutation)):
+            if value is not None and not isinstance(value, Tensor):
+                raise StructureError(f"{what} is a {type(value).__name__}, expected a torch.Tensor or None")
+        if permutation is not None and (permutation.is_floating_point() or permutation.is_complex()):
+            raise StructureError(f"permutation is {permutation.dtype}, expected integers")
         example = next(iter(cores.values()))
         layer = cls(
             d_in if in_features is None else in_features,
@@ -284,10 +329,19 @@ class StructuredLinear(Contraction):
         return layer
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_balance": None}  # belongs to one forward pass and its graph
+        return {**super().__getstate__(), "_choice": None}  # belongs to one forward pass and its graph
 
     def set_cores(self, cores: Mapping[str, Tensor]) -> None:
-        """Copy values into the cores; gains become what makes the matrix exactly that of these cores."""
+        """Copy values into the cores; gains become what makes the matrix exactly that of these cores.
+
+        Raises:
+            StructureError: a name or a shape that is not a core's; cores beyond the clamp of a layer without gains.
+        """
+        for name, value in cores.items():
+            if name not in self.network.cores:
+                raise StructureError(unknown("core", name, self.network.cores))
+            if tuple(value.shape) != self.network.shape(name):
+                raise StructureError(f"core {name!r} has shape {tuple(value.shape)}, expected {self.network.shape(name)}")
         with torch.no_grad():
             for name, value in cores.items():
                 getattr(self, name).copy_(value)
@@ -352,6 +406,17 @@ def core_std(built: Built, std: float) -> float:
     terms = math.prod(sizes[axis] for axis in ranks)
     sparse = math.prod(sizes[axis] for axis in set(ins) & set(outs))
     return float((std * std * sparse / terms) ** (0.5 / len(built.network.cores)))
+
+
+def _of_matrix(net: Network) -> Network | None:
+    """The network of the matrix (in, out) alone; None where it has blocks of zeros."""
+    (_, ins), (_, outs) = net.term("x").dims, net.output.dims
+    shared = set(ins) & set(outs)
+    if any(net.sizes[axis] > 1 for axis in shared):
+        return None
+    sides = (" ".join(axis for axis in side if axis not in shared) or "1" for side in (ins, outs))
+    cores = ", ".join(str(net.term(name)) for name in net.cores)
+    return network(f"{cores} -> {' '.join(f'({side})' for side in sides)}", net.sizes, cores=net.cores)
 
 
 def _check_init(init: str, std: float | None) -> None:

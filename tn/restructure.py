@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tn import structures
+from tn.checks import check_flags, check_model, positive
 from tn.errors import StructureError, TnError, unknown
 from tn.linear import StructuredLinear
 from tn.planner import plan
-from tn.projection import check_weight, project
-from tn.projection_ranks import spread
+from tn.projection import Projection, check_weight, project
+from tn.projection_ranks import spread, spread_blocks
 from tn.replaceable import features, is_conv1d, is_linear, matrix, replace, roles
 from tn.saved_structure import remember
-from tn.structures.registry import Factors, Options, Rank, positive
+from tn.structures.registry import Factors, Options, Rank
 
 # torch modules that use the `weight` of their linear children without calling them
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -42,7 +43,8 @@ class Change:
     Attributes:
         path: where. before, after: its repr. parameters_before, parameters_after; flops_before, flops_after: a row, 2 a multiply-add.
         predicted, measured: seconds of a forward pass without gradients, before and after, of as many rows; measured is None where that
-        was not asked for. error: relative distance of a projected matrix from the old one, None where drawn anew. note: of the family.
+        was not asked for. error: relative distance of a projected matrix from the old one, None where drawn anew.
+        note: of the family, and of blocks with ranks of their own.
     """
 
     path: str
@@ -110,6 +112,7 @@ def restructure(
     clamp: bool | None = None,
     init: str = "scratch",
     permute: bool = False,
+    block_ranks: bool = False,
     inputs: Iterable[Any] | None = None,
     measure: int | None = _ROWS,
 ) -> Report:
@@ -125,6 +128,8 @@ def restructure(
             predicate (path, module) → bool.
         init: "scratch" draws new cores, "project" takes the nearest ones to the old matrix (`tn.project`).
         permute: for init="project": also search for an order of each layer's inputs (see `tn.project`).
+        block_ranks: for init="project" with a budget and no match: spread it over the blocks of all layers, whose ranks then differ inside
+            a layer (see `tn.project`).
         inputs: for init="project": batches the model is called with (a tensor, a tuple or a dict of arguments); each layer is then
             projected for the inputs it sees there.
         measure: rows to time old and new layers at, forward, each pair of layers that are alike once; None: only predict.
@@ -136,41 +141,38 @@ def restructure(
         StructureError: an unknown structure or group, no matching layer, a matching layer with shared parameters. ProjectionError: a weight
         that cannot be projected. The message names the layer; nothing is replaced.
     """
+    check_model(model)
+    check_flags(permute=permute, block_ranks=block_ranks, clamp=clamp is None or clamp)
     structures.get(structure)
-    if init not in ("scratch", "project"):
-        raise StructureError(unknown("init", init, ("scratch", "project")))
-    if measure is not None and not positive(measure):
-        raise StructureError(f"measure is {measure!r}, expected a number of rows ≥ 1, or None")
-    if (inputs is not None or permute) and init != "project":
-        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
+    _check_how(init, measure, permute, inputs)
+    if block_ranks and (init != "project" or budget is None or match is not None or permute or inputs is not None):
+        raise StructureError("block_ranks are for init='project' with a budget, without match, permute and inputs")
     chosen = _select(model, layers)
     shared: dict[str, Any] = dict(factors=factors, cores=cores, blocks=blocks, theta=theta, match=match, budget=budget)
     ranks = _ranks(rank, chosen)
     for path, layer in chosen.items() if init == "project" else ():  # all of them, before any work starts
         with _named(path):
             check_weight(matrix(layer))
+    inside: dict[str, Tensor] = {}  # path → rank of every block
     if init == "project" and budget is not None and match is None:
         if rank is not None:
             raise StructureError(f"budget={budget} chooses the ranks: leave out rank={rank}")
         options = Options(factors=factors, cores=cores, blocks=blocks, theta=theta)
-        ranks.update(spread(structure, {path: matrix(layer) for path, layer in chosen.items()}, options, budget))
+        weights = {path: matrix(layer) for path, layer in chosen.items()}
+        inside = spread_blocks(structure, weights, options, budget) if block_ranks else {}
+        ranks |= {path: int(of.max()) for path, of in inside.items()} or spread(structure, weights, options, budget)
         shared["budget"] = None
     grams = gram_matrices(model, chosen, inputs) if inputs is not None else {}
     built: dict[str, StructuredLinear] = {}
-    errors: dict[str, float] = {}
+    found_as: dict[str, tuple[float, str]] = {}  # error, note
     for path, layer in chosen.items():
         with _named(path):
             new = _twin(layer, structure=structure, clamp=clamp, permuted=permute, rank=ranks[path], **shared)
             if init == "project":
-                shape: dict[str, Any] = {"structure": structure, "rank": new.rank, "factors": new.factors}
-                found = project(matrix(layer), gram=grams.get(path), permute=permute, **shape)
-                new.set_cores(found.cores)
-                if found.permutation is not None:
-                    new.permutation.copy_(found.permutation)
-                errors[path] = found.error
-                _copy_bias(layer, new)
+                of: dict[str, Any] = {"block_ranks": inside[path]} if path in inside else {"rank": new.rank}
+                found_as[path] = _take_over(new, layer, gram=grams.get(path), permute=permute, **of)
         built[path] = _frozen_as(layer, new)
-    return _swap(model, chosen, built, errors, measure)
+    return _swap(model, chosen, built, found_as, measure)
 
 
 @contextlib.contextmanager
@@ -190,6 +192,7 @@ def densify(model: nn.Module) -> Report:
     Raises:
         StructureError: the model itself is such a layer, or a layer cannot be replaced alone (see `restructure`).
     """
+    check_model(model)
     if isinstance(model, StructuredLinear):
         raise StructureError("a layer cannot replace itself: give densify the model that holds it, or take layer.to_dense()")
     chosen: dict[str, nn.Module] = {
@@ -200,13 +203,14 @@ def densify(model: nn.Module) -> Report:
     for path, layer in chosen.items():
         assert isinstance(layer, StructuredLinear)
         core = next(layer.parameters())
+        with _named(path):
+            weight = layer.to_dense()
         if layer.replaced is not None:
             new: nn.Module = layer.replaced(layer.out_features, layer.in_features).to(core.device, core.dtype)
-            weight = layer.to_dense().mT
+            weight = weight.mT
         else:
             bias = layer.bias is not None
             new = StructuredLinear(layer.in_features, layer.out_features, bias=bias, device=core.device, dtype=core.dtype)
-            weight = layer.to_dense()
         with torch.no_grad():
             new.weight.copy_(weight)
             if layer.bias is not None:
@@ -225,7 +229,7 @@ def gram_matrices(model: nn.Module, chosen: Mapping[str, nn.Module], inputs: Ite
 
     def watch(path: str) -> Callable[[nn.Module, tuple], None]:
         def hook(_: nn.Module, arguments: tuple) -> None:
-            rows = arguments[0].detach().flatten(0, -2).to(torch.float64)
+            rows = torch.atleast_2d(arguments[0].detach()).flatten(0, -2).to(torch.float64)
             grams[path] = grams.get(path, 0) + rows.mT @ rows
 
         return hook
@@ -233,11 +237,14 @@ def gram_matrices(model: nn.Module, chosen: Mapping[str, nn.Module], inputs: Ite
     handles = [layer.register_forward_pre_hook(watch(path)) for path, layer in chosen.items()]
     try:
         with torch.no_grad():
-            for batch in inputs:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(*batch) if isinstance(batch, tuple | list) else model(batch)
+            for number, batch in enumerate(inputs):
+                try:
+                    if isinstance(batch, Mapping):
+                        model(**batch)
+                    else:
+                        model(*batch) if isinstance(batch, tuple | list) else model(batch)
+                except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    raise StructureError(f"the model does not run on batch {number} of inputs: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -245,6 +252,20 @@ def gram_matrices(model: nn.Module, chosen: Mapping[str, nn.Module], inputs: Ite
     if missing:
         raise StructureError(f"no batch of inputs reaches layer {missing[0]!r}")
     return grams
+
+
+def _check_how(init: str, measure: object, permute: bool, inputs: object) -> None:
+    """Raise StructureError for an unknown start, no number of rows, no batches to call a model with, or what only projections take."""
+    if init not in ("scratch", "project"):
+        raise StructureError(unknown("init", init, ("scratch", "project")))
+    if measure is not None and not positive(measure):
+        raise StructureError(f"measure is {measure!r}, expected a number of rows ≥ 1, or None")
+    if (inputs is not None or permute) and init != "project":
+        raise StructureError(f"{'permute is' if permute else 'inputs are'} for init='project'")
+    if inputs is None:
+        return
+    if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable):
+        raise StructureError(f"inputs is a {type(inputs).__name__}, expected batches: a list of tensors, tuples or dicts of arguments")
 
 
 def _twin(layer: nn.Module, **options: Any) -> StructuredLinear:
@@ -258,6 +279,24 @@ def _twin(layer: nn.Module, **options: Any) -> StructuredLinear:
     return new
 
 
+def _take_over(new: StructuredLinear, old: nn.Module, **how: Any) -> tuple[float, str]:
+    """Give a layer the cores nearest to the matrix of another, and its bias. Returns the error and what a table says of the ranks."""
+    found = project(matrix(old), structure=new.structure, factors=new.factors, **how)
+    new.set_cores(found.cores)
+    if found.permutation is not None:
+        new.permutation.copy_(found.permutation)
+    _copy_bias(old, new)
+    return found.error, _of_blocks(found)
+
+
+def _of_blocks(found: Projection) -> str:
+    """What a table says of a layer whose blocks have ranks of their own."""
+    if found.block_ranks is None:
+        return ""
+    low, high = int(found.block_ranks.min()), int(found.block_ranks.max())
+    return f"block ranks {low} to {high}, {found.nonzero:,} core elements not zero"
+
+
 def _copy_bias(old: nn.Module, new: nn.Module) -> None:
     bias: Tensor | None = getattr(old, "bias", None)
     if bias is not None:
@@ -268,6 +307,9 @@ def _copy_bias(old: nn.Module, new: nn.Module) -> None:
 def _ranks(rank: Rank | Mapping[str, Rank] | None, chosen: Mapping[str, nn.Module]) -> dict[str, Rank | None]:
     if not isinstance(rank, Mapping):
         return dict.fromkeys(chosen, rank)
+    for glob in rank:
+        if not isinstance(glob, str):
+            raise StructureError(f"rank has the key {glob!r}, expected globs over paths such as 'blocks.*.mlp.*'")
     unused = [glob for glob in rank if not any(fnmatch.fnmatchcase(path, glob) for path in chosen)]
     if unused:
         raise StructureError(f"rank for {unused[0]!r} matches none of the chosen layers: {', '.join(list(chosen)[:8])}")
@@ -309,6 +351,8 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
             raise StructureError(
                 "a layer cannot replace itself: give restructure the model that holds it, or take tn.project of its weight"
             )
+        if not linear:
+            raise StructureError(f"the {type(model).__name__} has no linear layer to replace")
         raise StructureError(f"layers={layers!r} matches none of the {len(linear)} linear layers: {', '.join(list(linear)[:8])}")
     _check_owned(model, chosen)
     _check_matrices(chosen)
@@ -350,17 +394,22 @@ def _check_owned(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 def _swap(
-    model: nn.Module, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module], errors: Mapping[str, float], measure: int | None
+    model: nn.Module,
+    old: Mapping[str, nn.Module],
+    new: Mapping[str, nn.Module],
+    found_as: Mapping[str, tuple[float, str]],
+    measure: int | None,
 ) -> Report:
     times: dict[tuple, tuple[float, float] | None] = {}
-    changes = [_change(path, old[path], new[path], errors.get(path), measure, times) for path in new]
+    changes = [_change(path, old[path], new[path], found_as.get(path, (None, "")), measure, times) for path in new]
     for path in new:
         replace(model, path, old[path], new[path])
     remember(model)
     return Report(tuple(changes))
 
 
-def _change(path: str, old: nn.Module, new: nn.Module, error: float | None, measure: int | None, times: dict) -> Change:
+def _change(path: str, old: nn.Module, new: nn.Module, found_as: tuple[float | None, str], measure: int | None, times: dict) -> Change:
+    error, blocks = found_as
     (work_before, seconds_before), (work_after, seconds_after) = (_cost(layer, measure or _ROWS) for layer in (old, new))
     parameter = next(new.parameters())
     alike = (repr(old), repr(new), parameter.dtype, parameter.device)
@@ -377,7 +426,7 @@ def _change(path: str, old: nn.Module, new: nn.Module, error: float | None, meas
         predicted=(seconds_before, seconds_after),
         measured=times[alike],
         error=error,
-        note=new.note if isinstance(new, StructuredLinear) else "",
+        note="  ".join(filter(None, (new.note if isinstance(new, StructuredLinear) else "", blocks))),
     )
 
 
@@ -412,5 +461,5 @@ def _measured(old: nn.Module, new: nn.Module, rows: int) -> tuple[float, float]:
                 if turn:
                     times.append(time.perf_counter() - begun)
     if isinstance(new, StructuredLinear):
-        new._balance = None  # of a pass that its model did not make
+        new._choice = None  # of a pass that its model did not make
     return statistics.median(samples[0]), statistics.median(samples[1])

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tn.checks import check_model
 from tn.errors import SizeError, StructureError, TnError, unknown
 from tn.linear import StructuredLinear
 from tn.replaceable import features, is_conv1d, is_linear, replace
@@ -55,6 +56,9 @@ def load_restructured(model: nn.Module, folder: str | Path) -> nn.Module:
         StructureError: a file that is missing or of another format, a layer the model does not have or that has another size.
         SizeError: weights that do not fit.
     """
+    check_model(model)
+    if not isinstance(folder, str | Path):
+        raise StructureError(f"folder is {folder!r}, expected a path")
     path = Path(folder)
     new = _layers(model, _read(path))
     tensors = _tensors(path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from tn.checks import check_model
 from tn.contraction import Contraction
 from tn.errors import SizeError, StructureError, unknown
 from tn.linear import Embedding
@@ -77,11 +78,16 @@ def param_groups(
         SizeError: an integer base for a model without `width`, a rate that is no number. StructureError: a base model without one of the
         layers, an unknown rule, input layers that are not there.
     """
-    for what, value in (("lr", lr), ("input_lr_mult", input_lr_mult)):
+    check_model(model)
+    for what, value in (("lr", lr), ("input_lr_mult", input_lr_mult), ("weight_decay", weight_decay)):
         if isinstance(value, bool) or not (isinstance(value, int | float) and value >= 0 and math.isfinite(value)):
             raise SizeError(f"{what} is {value!r}, expected a finite number ≥ 0")
     if rule not in RULES:
         raise StructureError(unknown("rule", rule, RULES))
+    if isinstance(base, bool) or not isinstance(base, int | nn.Module | None):
+        raise SizeError(f"base is {base!r}, expected a width, a model or None")
+    if isinstance(input_layers, str) or not isinstance(input_layers, Iterable | None):
+        raise StructureError(f"input_layers is {input_layers!r}, expected globs over paths such as ['embed.*']")
     if rule == "sgd" and isinstance(base, int):
         raise StructureError(f"rule='sgd' compares the shapes of layers: give a base model instead of base={base}")
     first = _input_paths(model, input_layers) if input_lr_mult != 1 else set()

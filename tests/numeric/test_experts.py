@@ -103,12 +103,59 @@ def test_what_has_no_matrix_says_so():
     for attempt in (moe.to_dense, lambda: moe.T, lambda: moe.convert("dense"), lambda: moe @ tn.StructuredLinear(6, 12, structure="btt")):
         with pytest.raises(tn.TnError, match="depends on the input"):
             attempt()
-    with pytest.raises(tn.ProjectionError, match="depends on the input"):
-        tn.project(torch.randn(4, 4), structure="btt_moe")
     with pytest.raises(tn.StructureError, match="active is 6, expected an integer from 1 to the 5 experts"):
         layer(active=6)
-    with pytest.raises(tn.StructureError, match="btt has no experts, got active=2"):
+    with pytest.raises(tn.StructureError, match="btt takes only rank, factors, cores, got active=2"):
         tn.StructuredLinear(4, 4, structure="btt", active=2)
+
+
+@pytest.mark.parametrize("size", [(24, 36), (23, 35)], ids=str)
+def test_a_projection_gives_every_expert_the_nearest_matrix(size):
+    """Then the layer is that matrix whatever its gate chooses, and the error is that of one expert."""
+    weight = torch.randn(*size, dtype=F64)
+    found, one = tn.project(weight, structure="btt_moe", rank=5), tn.project(weight, structure="btt")
+    assert found.error == pytest.approx(one.error) and torch.allclose(found.to_dense(), one.to_dense())
+    moe, x = found.layer(), torch.randn(7, size[1], dtype=F64)
+    with torch.no_grad():
+        moe.gate.normal_()
+    assert moe.experts.count == 5 and torch.allclose(moe(x), x @ one.to_dense().mT)
+    model = nn.Sequential(nn.Linear(size[1], size[0], dtype=F64), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    bias = model[0].bias.detach().clone()
+    report = tn.restructure(model, structure="btt_moe", layers="0", init="project")
+    assert report.changes[0].error == pytest.approx(one.error) and torch.allclose(model[0](x), x @ one.to_dense().mT + bias)
+    with pytest.raises(tn.ProjectionError, match="energy=0.5 chooses the rank"):
+        tn.project(weight, structure="btt_moe", energy=0.5)
+
+
+@pytest.mark.parametrize(("rows", "beside"), [(1, False), (12, True), (80, False), (300, False)])
+def test_many_and_few_rows_are_one_function(rows, beside, monkeypatch):
+    """Few rows run through all experts beside each other; cores of experts with many rows are copied."""
+    moe, calls = layer(16, 16, rank=3 if rows > 1 else 8, active=1), []
+    real = moe.experts.beside
+    monkeypatch.setattr(moe.experts, "beside", lambda *operands: calls.append(operands[0].shape) or real(*operands))
+    x = torch.randn(rows, 16, dtype=F64, requires_grad=True)
+    values = {name: p.detach().requires_grad_() for name, p in moe.named_parameters()}
+    want = reference(moe, x, values)
+    got = moe(x)
+    assert torch.allclose(got, want, atol=1e-12) and bool(calls) == beside
+    ours = torch.autograd.grad(got.square().sum(), [x, *moe.parameters()])
+    theirs = torch.autograd.grad(want.square().sum(), [x, *values.values()])
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-10)
+
+
+def test_budgets_count_the_experts_that_run():
+    moe = tn.StructuredLinear(256, 256, structure="btt_moe", match="flops", budget=0.4)
+    single = tn.structures.get("btt").build(256, 256).macs
+    assert moe.built.macs == 2 * single + 256 * moe.experts.count == tn.flops(moe, torch.randn(1, 256)) / 2
+    assert 0.4 * 256**2 - 256 < moe.built.macs <= 0.4 * 256**2
+    held = tn.StructuredLinear(256, 256, structure="btt_moe", match="params", budget=0.5, active=3, bias=False)
+    assert held.built.parameters == sum(p.numel() for p in held.parameters()) - len(held.gains) <= 0.5 * 256**2
+    assert held.experts.active == 3 <= held.experts.count
+    with pytest.raises(tn.StructureError, match="cannot do with 0.01 of the dense layer's flops"):
+        tn.StructuredLinear(256, 256, structure="btt_moe", match="flops", budget=0.01)
 
 
 def test_learns_to_route():

@@ -208,12 +208,8 @@ def test_changed_input_is_noticed_before_backward(case):
     inner = x * 1
     y = layer(inner)
     inner.mul_(2)
-    if case != "btt padded":  # a padded input is a copy, so the layer does not depend on the changed tensor
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-    else:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-        assert x.grad is not None
 
 
 def test_a_user_spec_is_a_layer():

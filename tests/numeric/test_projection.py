@@ -235,3 +235,81 @@ def test_energy_that_cannot_be_is_refused():
     ):
         with pytest.raises(tn.ProjectionError, match=message):
             tn.project(weight, **{"structure": "btt", **options})
+
+
+def uneven(rows: int = 24, columns: int = 36) -> Tensor:
+    """A matrix whose blocks are of very different sizes."""
+    blocks = torch.randn(4, 6, 6, 6, dtype=F64) * torch.logspace(0, -2, 24, dtype=F64)[torch.randperm(24)].reshape(4, 1, 6, 1)
+    return blocks.reshape(24, 36)[:rows, :columns]
+
+
+@pytest.mark.parametrize("structure", ["btt", "btt_norm", "monarch", "einsum2"])
+@pytest.mark.parametrize("size", [(24, 36), (23, 35)], ids=str)
+def test_ranks_spread_over_blocks_keep_more_than_one_rank_everywhere(structure, size):
+    if structure == "einsum2" and 23 in size:
+        with pytest.raises(tn.StructureError, match=r"block ranks of einsum2 need sizes without padding, \(23, 35\) is padded"):
+            tn.project(uneven(*size), structure=structure, factors=((6, 1, 6), (4, 6, 1)), budget=0.3, block_ranks=True)
+        return
+    factors = {"monarch": ((6, 1, 6), (4, 1, 6)), "einsum2": ((6, 1, 6), (4, 6, 1))}.get(structure, ((6, 6), (4, 6)))
+    weight = uneven(*size)
+    flat = tn.project(weight, structure=structure, factors=factors, rank=2)
+    found = tn.project(weight, structure=structure, factors=factors, budget=(48 * 12 + 0.5) / weight.numel(), block_ranks=True)
+    padded = torch.nn.functional.pad(weight, (0, 36 - size[1], 0, 24 - size[0]))
+    values = torch.linalg.svdvals(padded.reshape(4, 6, 6, 6).permute(0, 2, 1, 3)).flatten().sort(descending=True).values
+    assert int(found.block_ranks.sum()) == 48 and found.nonzero <= flat.nonzero <= 48 * 12
+    assert found.error == pytest.approx(float(values[48:].square().sum().sqrt() / weight.norm()), rel=1e-9)  # no choice keeps more
+    assert found.error < flat.error and int(found.block_ranks.max()) == found.built.rank > 2
+    again = tn.project(weight, structure=structure, factors=factors, block_ranks=found.block_ranks)
+    assert again.error == found.error and torch.equal(again.block_ranks, found.block_ranks)
+
+
+def test_what_is_beyond_a_blocks_rank_stays_zero_in_training():
+    layer = tn.project(uneven(), structure="btt", factors=((6, 6), (4, 6)), budget=0.3, block_ranks=True).layer()
+    zeros = {name: core == 0 for name, core in layer.named_parameters()}
+    assert any(zero.any() for zero in zeros.values())
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 36, dtype=F64)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(core == 0, zeros[name]) for name, core in layer.named_parameters())
+
+
+def test_a_budget_over_the_blocks_of_a_model():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(36, 24), torch.nn.ReLU(), torch.nn.Linear(24, 36))
+    with torch.no_grad():
+        model[0].weight.copy_(uneven())
+        model[2].weight.copy_(0.01 * uneven().mT)
+    weights = [model[i].weight.detach().clone() for i in (0, 2)]
+    report = tn.restructure(model, structure="btt", layers="all", init="project", budget=0.4, block_ranks=True)
+    left = sum(int(torch.count_nonzero(core)) for i in (0, 2) for core in (model[i].first, model[i].second))
+    assert 0.4 * 2 * 24 * 36 - 24 < left <= 0.4 * 2 * 24 * 36
+    for change, i, weight in zip(report.changes, (0, 2), weights, strict=True):
+        off = float((model[i].to_dense().detach() - weight).norm() / weight.norm())
+        assert change.error == pytest.approx(off, rel=1e-4) and "block ranks 0 to" in change.note and "not zero" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(block_ranks=True), "block_ranks=True needs budget="),
+        (dict(block_ranks=3), "block_ranks is 3, expected True, False or integers"),
+        (dict(block_ranks=True, budget=0.3, rank=2), "leave out rank="),
+        (dict(block_ranks=True, budget=0.3, gram=torch.eye(36)), "leave out gram="),
+        (dict(block_ranks=True, budget=0.3, permute=True), "leave out permute="),
+        (dict(block_ranks=True, budget=0.001), "cannot do with 0.001 of the dense parameters; one rank of one block takes"),
+        (dict(block_ranks=True, budget=-1), "budget is -1, expected a positive fraction"),
+        (dict(block_ranks=True, budget=0.3, structure="low_rank"), "block ranks are of two cores of independent blocks"),
+        (dict(block_ranks=True, budget=0.3, structure="blast"), "block ranks are of two cores of independent blocks"),
+        (dict(block_ranks=True, budget=0.3, cores=3), "block ranks are of two cores of independent blocks"),
+        (dict(block_ranks=torch.ones(3, 3, dtype=torch.int64)), r"expected True or integers of shape \(\d+, \d+\), one for each block"),
+        (dict(block_ranks=torch.full((4, 6), 99), factors=((6, 6), (4, 6))), "block_ranks are from 99 to 99, expected 0 to 6"),
+        (dict(block_ranks=torch.zeros(4, 6, dtype=torch.int64), factors=((6, 6), (4, 6))), "not all zero"),
+    ],
+)
+def test_block_ranks_that_cannot_be(options, message):
+    with pytest.raises(tn.TnError, match=message):
+        tn.project(uneven().float(), **{"structure": "btt", **options})
+    with pytest.raises(tn.StructureError, match="block_ranks are for init='project' with a budget"):
+        tn.restructure(torch.nn.Sequential(torch.nn.Linear(4, 4)), structure="btt", layers="all", block_ranks=True)

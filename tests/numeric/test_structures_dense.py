@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tn
+from tn import clamp
 from tn.testing import assert_close
 
 F64 = torch.float64
@@ -86,10 +87,18 @@ def layers(draw):
     return tn.StructuredLinear(d_in, d_out, structure=name, dtype=dtype, **options)
 
 
-@hypothesis.given(layer=layers(), rows=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]), strided=st.booleans(), seed=st.integers(0, 99))
-@hypothesis.settings(max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
-def test_value_and_every_gradient_equal_the_dense_layers(layer, rows, strided, seed):
+@hypothesis.given(
+    layer=layers(),
+    rows=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]),
+    strided=st.booleans(),
+    whole=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=200, suppress_health_check=list(hypothesis.HealthCheck))
+def test_value_and_every_gradient_equal_the_dense_layers(layer, rows, strided, whole, seed):
     torch.manual_seed(seed)
+    if not whole:
+        layer._matrix_network = None  # these sizes are tiny and train as one matrix; without it they run as larger ones do
     dtype = next(layer.parameters()).dtype
 
     def tensor(features: int) -> Tensor:
@@ -219,6 +228,51 @@ def test_clamp_never_lets_a_core_grow_past_its_start():
     assert torch.allclose(layer.to_dense(), expected)
     assert "gains" not in dict(make("btt", clamp=True, gains=False).named_parameters())
     assert make("btt_norm").clamp and {"gains"} <= set(dict(make("btt_norm").named_parameters()))
+
+
+@pytest.mark.parametrize("gains", [None, (1.5, 0.7), (1.5, 0.0)], ids=str)
+@pytest.mark.parametrize("first", [0.0, 0.2, 3.0])
+def test_the_clamp_has_the_gradients_of_its_definition(gains, first):
+    """At a zero core, inside the clamp and outside; both orders."""
+    operands = [
+        torch.randn(3, 4, dtype=F64),
+        torch.tensor(gains or (1.0, 1.0), dtype=F64),
+        torch.randn(5, dtype=F64),
+        torch.randn(6, dtype=F64),
+    ]
+    operands[2] *= first
+    result, gammas, *cores = (t.to(F64).requires_grad_() for t in operands)
+    given = gammas if gains else None
+    wanted = [t for t in (result, given, *cores) if t is not None]
+    definition = result * clamp.factor((0.5, 0.4), given, cores)
+    found = clamp.scaled(result, (0.5, 0.4), given, cores)
+    assert type(found.grad_fn).__name__ == "_ScaledBackward" and torch.allclose(found, definition, rtol=1e-12)
+    both = []
+    for value in (found, definition):
+        slopes = torch.autograd.grad((value**3).sum(), wanted, create_graph=True, allow_unused=True)
+        known = [slope for slope in slopes if slope is not None]
+        both.append([slopes, torch.autograd.grad(sum((slope**2).sum() for slope in known), wanted, allow_unused=True)])
+    for ours, theirs in zip(*both, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            one, other = (torch.zeros(()) if t is None else t for t in (one, other))
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (2, 3, 13), (13,), (0, 13)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"permuted": True}, {"structure": "btt_norm"}], ids=str)
+def test_a_tiny_layer_trains_as_its_matrix(shape, options):
+    layer = tn.StructuredLinear(13, 10, dtype=F64, **{"structure": "blast", **options})
+    if layer.permutation is not None:
+        layer.permutation.copy_(torch.randperm(13))
+    x = torch.randn(*shape, dtype=F64, requires_grad=True)
+    y = layer(x)
+    assert [key[0] for key in layer._programs] == ["matrix"]
+    with torch.no_grad():
+        assert torch.allclose(y, layer(x), atol=1e-12) and len(layer._programs) == 2  # without gradients the contraction runs
+    slopes = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    layer._matrix_network = None
+    for one, other in zip(slopes, torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()]), strict=True):
+        assert torch.allclose(one, other, atol=1e-11)
 
 
 def test_from_cores_of_a_clamped_layer_is_exact_too():

@@ -120,7 +120,7 @@ def test_nested_blocks_share_what_they_keep_and_copies_leave_it():
             layer.refresh()
         assert torch.equal(layer(x), layer.bias.expand(3, -1))
         assert copy.deepcopy(layer)._merged is None
-        with pytest.raises(RuntimeError):
+        with pytest.raises(tn.OperatorError, match="input is torch.int64"):
             layer(torch.arange(64)[None])
     assert layer._merged is None
 

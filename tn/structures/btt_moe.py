@@ -22,7 +22,7 @@ register(
         factors=_factors,
         rank=lambda factors, options: _EXPERTS,
         full=lambda factors: 4096,  # any number of experts makes sense
-        takes=("rank", "factors"),
+        takes=("rank", "factors", "active"),
         clamped=True,
         gated="r",
     )

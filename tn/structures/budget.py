@@ -5,14 +5,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+from tn.checks import positive
 from tn.errors import StructureError, unknown
-from tn.planner import plan
+from tn.planner import DEFAULT_ROWS, plan
 from tn.structures.factors import splits
-from tn.structures.registry import Built, Options, Structure, axes_of, get
+from tn.structures.registry import ACTIVE, Built, Options, Structure, axes_of, get
 
 
 def _seconds(built: Built) -> float:
-    return plan(built.network, grad=built.network.names).seconds
+    net = built.reference
+    return plan(net, grad=net.names, rows=DEFAULT_ROWS * (built.active or 1)).seconds
 
 
 _COSTS: dict[str, Callable[[Built], float]] = {
@@ -24,7 +26,7 @@ _COSTS: dict[str, Callable[[Built], float]] = {
 
 def cost(built: Built, match: str) -> float:
     """Parameters, multiply-adds a row, or predicted seconds of a training step of 1024 rows. Raises StructureError for another name."""
-    if match not in _COSTS:
+    if not isinstance(match, str) or match not in _COSTS:
         raise StructureError(unknown("match", match, _COSTS))
     return _COSTS[match](built)
 
@@ -72,6 +74,11 @@ def matching_width(structure: str, width: int, *, match: str = "flops", multiple
     >>> matching_width("btt", 64, multiple=16)
     144
     """
+    for what, value in (("width", width), ("multiple", multiple)):
+        if not positive(value):
+            raise StructureError(f"{what} is {value!r}, expected an integer ≥ 1")
+    if not isinstance(options, Options | None):
+        raise StructureError(f"options is {options!r}, expected tn.structures.Options")
     family = get(structure)
     most = cost(get("dense").build(width, width), match)
 
@@ -105,7 +112,8 @@ def _descending(family: Structure, d_in: int, d_out: int, options: Options, fits
     def at(rank: int) -> Built:
         return family.build(d_in, d_out, dataclasses.replace(options, rank=rank))
 
-    low, high = 1, max(full_ranks(family, at(1)))
+    low = 1 if family.gated is None else options.active if positive(options.active) else ACTIVE  # experts, where a rank is their number
+    high = max(full_ranks(family, at(low)))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(at(middle)) else (low, middle - 1)
@@ -114,7 +122,7 @@ def _descending(family: Structure, d_in: int, d_out: int, options: Options, fits
     if "factors" in family.takes and options.factors is None and smallest.factors is not None:
         ins, outs = smallest.factors
         pairs = itertools.product(splits(smallest.d_in, len(ins)), splits(smallest.d_out, len(outs)))
-        others = (family.build(d_in, d_out, Options(rank=1, factors=pair)) for pair in pairs)
+        others = (family.build(d_in, d_out, Options(rank=low, factors=pair, active=options.active)) for pair in pairs)
         yield from sorted(others, key=lambda built: (-_width(built), built.macs))
 
 

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 
+from tn.checks import positive
 from tn.errors import StructureError
 from tn.structures.factors import Split, cheapest, even, greedy, padded
-from tn.structures.registry import ORDINALS, Factors, Options, checked_count, positive
+from tn.structures.registry import ORDINALS, Factors, Options, checked_count
 
 Cost = Callable[[Split, Split, tuple[int, ...]], int]
 Widths = Callable[[Split, Split, tuple[int, ...]], Split]

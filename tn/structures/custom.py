@@ -4,11 +4,16 @@ import functools
 import math
 from collections.abc import Callable
 
+from tn.checks import positive
 from tn.errors import StructureError
 from tn.network import network
 from tn.spec import ROWS
 from tn.structures.factors import even, padded
 from tn.structures.registry import Factors, Rank, Structure, axes_of, register
+
+# attributes that tn.StructuredLinear makes beside its cores
+RESERVED = frozenset({"active", "backend", "bias", "built", "clamp", "experts", "factors", "gains", "gate", "guidance", "in_features",
+    "init", "network", "out_features", "permutation", "rank", "shadow", "std", "structure", "training", "zero_init"})  # fmt: skip
 
 
 def register_structure(
@@ -41,13 +46,27 @@ def register_structure(
         tn.register_structure("tucker", spec, rank=3)
         layer = tn.StructuredLinear(64, 36, structure="tucker", rank=5)    # factors ((8, 8), (6, 6))
     """
+    if not isinstance(name, str) or not name:
+        raise StructureError(f"name is {name!r}, expected a word")
+    if not isinstance(spec, str):
+        raise StructureError(f"spec is {spec!r}, expected text such as 'x: ... i, a: i r, b: r o -> ... o'")
+    for what, function in (("factors", factors), ("full", full)):
+        if function is not None and not callable(function):
+            raise StructureError(f"{what} is {function!r}, expected a function or None")
+    if not all(map(positive, rank if isinstance(rank, tuple) else (rank,))):
+        raise StructureError(f"rank is {rank!r}, expected an integer ≥ 1, or one for each rank axis")
     net = network(spec)
     if "x" not in net.names or len(net.names) < 2:
         raise StructureError(f"a structure's spec has an input 'x' and at least one core, got the tensors {', '.join(net.names)}")
     for term in (net.term("x"), net.output):
         if len(term.dims) != 2 or term.dims[0] != (ROWS,):
             raise StructureError(f"a structure maps '... (axes)' to '... (axes)', got {term.pattern!r} in {spec!r}")
+    taken = [core for core in net.names if core in RESERVED]
+    if taken:
+        raise StructureError(f"core name {taken[0]!r} is taken by an attribute of tn.StructuredLinear; choose another word")
     ins, outs, ranks = axes_of(net)
+    if isinstance(rank, tuple) and len(rank) != len(ranks):
+        raise StructureError(f"rank is {rank}, expected one for each of the rank axes {', '.join(ranks)}")
     on_cores = {axis for core in net.names if core != "x" for axis in net.term(core).axes}
     missing = [axis for axis in (*ins, *outs) if axis not in on_cores]
     if missing:

@@ -21,19 +21,19 @@ _NEAR = 1.25  # sizes this far from their wish are taken to avoid padding
 
 
 def read(theta: str | tuple[float, ...]) -> tuple[float, ...]:
-    """θ as seven numbers. Raises StructureError unless the first and the second three add up to one and nothing is negative.
+    """θ as seven numbers. Raises StructureError unless the first and the second three add up to one and all lie between 0 and 1.
 
     >>> read("(1/2|0|1/2|0|1/2|1/2|1/4)")
     (0.5, 0.0, 0.5, 0.0, 0.5, 0.5, 0.25)
     """
-    expected = "seven numbers ≥ 0, (alpha, beta, gamma, delta, epsilon, phi, rho), with alpha+beta+gamma = 1 = delta+epsilon+phi"
+    expected = "seven numbers from 0 to 1, (alpha, beta, gamma, delta, epsilon, phi, rho), with alpha+beta+gamma = 1 = delta+epsilon+phi"
     try:
         words = re.split(r"[|,]", theta.strip().strip("()")) if isinstance(theta, str) else list(theta)
         values = tuple(float(Fraction(word.strip()) if isinstance(word, str) else word) for word in words)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise StructureError(f"theta is {theta!r}, expected {expected}") from error
     sums = math.isclose(sum(values[:3]), 1, abs_tol=1e-6) and math.isclose(sum(values[3:6]), 1, abs_tol=1e-6)
-    if len(values) != 7 or min(values) < 0 or not sums:
+    if len(values) != 7 or not all(0 <= value <= 1 for value in values) or not sums:
         raise StructureError(f"theta is {theta!r}, expected {expected}")
     return values
 

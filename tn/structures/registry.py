@@ -4,16 +4,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from tn.checks import positive
 from tn.errors import StructureError, unknown
 from tn.network import Network, network
 from tn.spec import ROWS
 
 Factors = tuple[tuple[int, ...], tuple[int, ...]]
 Rank = int | tuple[int, ...]
+ACTIVE = 2  # experts that a row of a gated family uses, where nothing is said
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")  # names of the cores of a chain
 
 
@@ -24,6 +25,7 @@ class Options:
     Attributes:
         rank: of every rank axis, or one for each. factors: (of d_in, of d_out), slowest first, or "compat", the split of the paper's code.
         cores: how many. blocks: how many, or (of the output, of the input). theta: the exponents of an einsum2.
+        active: experts that each row uses, of a gated family.
     """
 
     rank: Rank | None = None
@@ -31,6 +33,7 @@ class Options:
     cores: int | None = None
     blocks: int | tuple[int, int] | None = None
     theta: str | tuple[float, ...] | None = None
+    active: int | None = None
 
     @property
     def given(self) -> dict[str, object]:
@@ -46,6 +49,7 @@ class Built:
         structure: its name. network: with one input `x`; cores in the order they are applied.
         rank: sizes of the rank axes: an integer for one, a tuple for several, None without any.
         factors: (of d_in, of d_out), slowest first; None where neither is split. d_in, d_out: after padding, never smaller than asked for.
+        active: experts a row uses; None where nothing is gated.
     """
 
     structure: str
@@ -54,16 +58,28 @@ class Built:
     factors: Factors | None
     d_in: int
     d_out: int
+    active: int | None = None
+
+    @property
+    def reference(self) -> Network:
+        """The network; of a gated structure, that of one expert: what starts, rates and costs go by."""
+        axis = get(self.structure).gated
+        return network(self.network.spec, {**self.network.sizes, axis: 1}, cores=self.network.cores) if axis else self.network
 
     @property
     def parameters(self) -> int:
-        """Elements of all cores."""
-        return sum(math.prod(self.network.shape(core)) for core in self.network.cores)
+        """Elements of all cores, and of the gate."""
+        return sum(math.prod(self.network.shape(core)) for core in self.network.cores) + self._gate
 
     @property
     def macs(self) -> int:
-        """Multiply-adds a row, the cores applied in spec order."""
-        return macs(self.network)
+        """Multiply-adds a row, the cores applied in spec order; of a gated structure, those of the gate and the experts it chooses."""
+        return (self.active or 1) * macs(self.reference) + self._gate
+
+    @property
+    def _gate(self) -> int:
+        axis = get(self.structure).gated
+        return self.network.sizes[axis] * self.d_in if axis else 0
 
 
 # (what the layer was built as, its cores by name) → cores by name of the same matrix in another family
@@ -108,7 +124,7 @@ class Structure:
         self._check_taken(options)
         factors = options.factors
         if factors is None or factors == "compat":
-            factors = self.factors(d_in, d_out, options)
+            factors = self._checked_factors(self.factors(d_in, d_out, options), d_in, d_out)
         else:
             factors = self._checked_factors(factors, d_in, d_out)
             for name in ("blocks", "theta", *(["cores"] if options.cores != len(factors[0]) else [])):
@@ -129,7 +145,8 @@ class Structure:
             found = sizes[ranks[0]]
         whole = len(factors[0]) == len(factors[1]) == 1
         net = network(draft.spec, sizes, cores=[name for name in draft.names if name != "x"])
-        return Built(self.name, net, found, None if whole else factors, math.prod(factors[0]), math.prod(factors[1]))
+        active = self._checked_active(sizes, options)
+        return Built(self.name, net, found, None if whole else factors, math.prod(factors[0]), math.prod(factors[1]), active)
 
     def full_ranks(self, factors: Factors) -> tuple[int, ...]:
         """For each rank axis, the rank from which nothing is gained."""
@@ -154,6 +171,15 @@ class Structure:
             if math.prod(split) < size:
                 raise StructureError(f"{self.name} factors {tuple(split)} of {what} make {math.prod(split)}, less than {size}")
         return tuple(factors[0]), tuple(factors[1])
+
+    def _checked_active(self, sizes: Mapping[str, int], options: Options) -> int | None:
+        if self.gated is None:
+            return None
+        count = sizes[self.gated]
+        active = min(ACTIVE, count) if options.active is None else options.active
+        if not positive(active) or active > count:
+            raise StructureError(f"active is {active!r}, expected an integer from 1 to the {count} experts")
+        return active
 
     def _checked_ranks(self, axes: tuple[str, ...], factors: Factors, options: Options) -> dict[str, int]:
         if not axes:
@@ -186,7 +212,7 @@ def register(structure: Structure) -> None:
 
 def get(name: str) -> Structure:
     """The entry of a family. Raises StructureError naming the nearest one."""
-    if name not in _registry:
+    if not isinstance(name, str) or name not in _registry:
         raise StructureError(unknown("structure", name, _registry))
     return _registry[name]
 
@@ -194,11 +220,6 @@ def get(name: str) -> Structure:
 def names() -> tuple[str, ...]:
     """Names of all families, sorted."""
     return tuple(sorted(_registry))
-
-
-def positive(value: Any) -> bool:
-    """Whether a value is an integer ≥ 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def axes_of(net: Network) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

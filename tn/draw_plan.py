@@ -49,7 +49,9 @@ def boxes(plan: Plan) -> list[Box]:
     for place, value in enumerate(leaf for result in plan.results for leaf in _leaves(plan, result)):
         term = plan.terms[value]
         kind = "core" if term.name in net.cores else "const" if term.name in net.consts else "input"
-        lines = ("gradient",) * (term.name in plan.grad) + ((f"copied, {plan.turning(value) * 1e6:,.0f} µs",) if value in plan.turned else ())
+        lines = ("gradient",) * (term.name in plan.grad) + (
+            (f"copied, {plan.turning(value) * 1e6:,.0f} µs",) if value in plan.turned else ()
+        )
         made[value] = Box(0, place, kind, term.name, lines, False)
     ran = {step.out for step in plan.steps}
     for step in plan.tree_steps:

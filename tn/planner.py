@@ -65,26 +65,7 @@ def plan(
         PlanError: an unknown goal or search, or a memory limit that no plan meets. SizeError: sizes for unknown axes. SpecError: an unknown
             tensor in `grad`.
     """
-    if not isinstance(network, Network):
-        raise PlanError(f"tn.plan takes a network, such as tn.network(spec, sizes) gives, got {network!r}")
-    if not isinstance(dtype, torch.dtype):
-        raise PlanError(f"dtype is {dtype!r}, expected a torch.dtype")
-    if table is not None and not isinstance(table, Machine):
-        raise PlanError(f"table is {table!r}, expected a tn.Machine")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise PlanError(f"seed is {seed!r}, expected an integer")
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError):
-        raise PlanError(f"device is {device!r}, expected a torch.device or the name of one, such as 'cpu' or 'cuda'") from None
-    if search not in order.SEARCHES:
-        raise PlanError(unknown("search", search, order.SEARCHES))
-    if not isinstance(grad, Iterable):
-        raise SpecError(f"grad is {grad!r}, expected names of tensors: {', '.join(network.names)}")
-    if sizes is not None and not isinstance(sizes, Mapping):
-        raise SizeError(f"sizes is {sizes!r}, expected a size for each axis, such as dict(i=3)")
-    if goal not in GOALS:
-        raise PlanError(unknown("goal", goal, GOALS))
+    _check(network, grad, goal, sizes, dtype, device, search, table, seed)
     limit = None if memory_limit is None else _bytes(memory_limit)
     if limit is not None and dtype not in (torch.float32, torch.float64):
         raise PlanError(f"memory_limit= holds for float32 and float64, got {dtype}")
@@ -114,6 +95,40 @@ def plan(
     }
     made = store.recall(asked, _frugal, Plan.from_json)
     return placed(made, dtype, torch.device(device).type)
+
+
+def _check(
+    network: object,
+    grad: object,
+    goal: str,
+    sizes: object,
+    dtype: object,
+    device: torch.device | str,
+    search: str,
+    table: object,
+    seed: object,
+) -> None:
+    """Raise where an argument of `plan` is of another kind than it takes."""
+    if not isinstance(network, Network):
+        raise PlanError(f"tn.plan takes a network, such as tn.network(spec, sizes) gives, got {network!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError(f"dtype is {dtype!r}, expected a torch.dtype")
+    if table is not None and not isinstance(table, Machine):
+        raise PlanError(f"table is {table!r}, expected a tn.Machine")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PlanError(f"seed is {seed!r}, expected an integer")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise PlanError(f"device is {device!r}, expected a torch.device or the name of one, such as 'cpu' or 'cuda'") from None
+    if search not in order.SEARCHES:
+        raise PlanError(unknown("search", search, order.SEARCHES))
+    if not isinstance(grad, Iterable):
+        raise SpecError(f"grad is {grad!r}, expected names of tensors: {', '.join(network.names)}")
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise SizeError(f"sizes is {sizes!r}, expected a size for each axis, such as dict(i=3)")
+    if goal not in GOALS:
+        raise PlanError(unknown("goal", goal, GOALS))
 
 
 def _bytes(limit: SupportsIndex) -> int:

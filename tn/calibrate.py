@@ -14,7 +14,8 @@ from tn.plan import Plan
 
 _ELEMENTS = 1 << 20  # of all operands of one measurement: they stay in cache
 _PASSES = 3
-_PAGED = 32 << 20  # glibc hands a freed block of this size back to the system; smaller ones are soon kept for the next tensor
+# glibc hands a freed block of 32 MB back to the system, and the end of the heap once a few smaller ones are free.
+_PAGED = 8 << 20
 
 
 class _Clock:

@@ -225,6 +225,8 @@ def _placements(out: str, batch: str, rows: str, columns: str) -> Iterator[tuple
     native = [swap for swap, order in ((False, batch + rows + columns), (True, batch + columns + rows)) if order == out]
     if native:
         yield from ((swap, "native") for swap in native)
+        if len(native) == 1 and not batch:  # a product with few columns is slow, with few rows fast
+            yield not native[0], "copy"
         return
     if _viewable(out, batch, rows, columns):
         yield out[-1] in rows, "strided"

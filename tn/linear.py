@@ -176,13 +176,13 @@ class StructuredLinear(Contraction):
         parameters, dtype = self._parameters, x.dtype
         if dtype not in _FULL or not x.is_cpu or x.shape[-1:] != (self.in_features,):
             return None
-        if self._hoisted is not None or "bias" not in parameters:
+        if torch.compiler.is_compiling() or self._hoisted is not None or "bias" not in parameters:
             return None
         cores, bias = [parameters.get(name) for name in self.network.cores], parameters["bias"]
         if any(core is None or core.dtype is not dtype for core in cores) or (bias is not None and bias.dtype is not dtype):
             return None  # a parametrisation; a mistake that the contraction names
         other = (self._extras and self.shadow is not None) or (current_backend() or self.backend) != "planned"
-        if other or torch.compiler.is_compiling() or _autocasting() or tracing.recording():
+        if other or _autocasting() or tracing.recording():
             return None
         run = self._programs.get(("matrix", dtype))
         if run is None:

@@ -21,7 +21,7 @@ EXTENTS = ((1, 4, 16, 64, 256, 1024), (1, 2, 4, 8, 16, 64, 256, 1024), (1, 4, 16
 SHAPES = tuple(itertools.product(*EXTENTS))
 READS = ("NN", "NT", "TN", "TT")  # how the two operands lie in memory: N has its last extent adjacent, T its first
 _BYTES = 4  # of an element
-_LINE = 64  # bytes that memory is read by
+_LINE, _CACHE = 64, 1 << 20  # bytes that memory is read by, and of a core's cache
 # Of `run`, what a copy takes for a run of several elements, and for one that was read with its neighbours, in cache still or not: medians
 # over 220 random permutations on two cores.
 _RUN, _KEPT, _GONE = 3.0, 0.5, 2.5
@@ -46,7 +46,6 @@ class Machine:
         near: bytes of a tensor that are still in cache when a step reads it. far: bytes/s of reading or writing what is not.
         fresh: bytes/s of first touching new memory, which a tensor of `paged` bytes or more always is.
         tiles: whether working on a tile of rows at a time can pay.
-        cache: bytes of a core's cache; what lies beyond takes twice as long (measured: 16 MB tensors between batched products).
         source: where the numbers come from.
         operators: case of an operator (`tn.operators.Offer.case`; with " trained" behind it, forward and gradients) → measured seconds
             of the operator and of the torch path. Empty where nothing was measured, and then no plan chooses an operator.
@@ -69,7 +68,6 @@ class Machine:
     tiles: bool
     source: str
     operators: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    cache: int = 1 << 20
 
     def product(self, m: int, n: int, k: int, reads: str = "NN") -> float:
         """Seconds of one product (m, k) × (k, n), operands in cache."""
@@ -105,7 +103,7 @@ class Machine:
 
     def traffic(self, size: int, new: bool = False) -> float:
         """Seconds that reading, or writing, a tensor of this many bytes takes besides the work; `new` memory is first touched."""
-        seconds = (max(size - self.near, 0) + max(size - self.cache, 0)) / self.far
+        seconds = max(size - self.near, 0) / self.far
         return seconds + size / self.fresh if new and size >= self.paged else seconds
 
     def reorder(self, size: int, length: int = 1, apart: int = 1 << 10) -> float:
@@ -115,7 +113,7 @@ class Machine:
             apart: elements between runs that were neighbours: how far the copy goes before it is back at the same line of memory.
         """
         runs = size // _BYTES // max(length, 1)
-        kept = size <= self.cache or apart // max(length, 1) * _LINE < self.cache
+        kept = size <= _CACHE or apart // max(length, 1) * _LINE < _CACHE
         each = _RUN if length > 1 else _KEPT if kept else _GONE
         again = 0.0 if length == 1 or kept or length * _BYTES >= _LINE else _LINE / self.far
         seconds = self.element + 3 * self.view + 2 * size / self.copy + runs * (each * self.run + again)
@@ -228,7 +226,6 @@ def roofline(name: str, *, peak: float, small: int, bandwidth: float, launch: fl
         paged=0,
         tiles=False,
         source=source,
-        cache=1 << 60,
     )
 
 

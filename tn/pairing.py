@@ -273,7 +273,7 @@ def ideal(h: Array, m: Array, n: Array, k: Array, machine: Machine) -> Array:
 
 def _traffic(size: Array, machine: Machine) -> Array:
     """`Machine.traffic` of many tensors."""
-    return (np.maximum(size - machine.near, 0) + np.maximum(size - machine.cache, 0)) / machine.far
+    return np.maximum(size - machine.near, 0) / machine.far
 
 
 def _either(m: Array, n: Array, k: Array, machine: Machine) -> tuple[Array, Array]:

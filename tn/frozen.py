@@ -19,9 +19,8 @@ from tn.segments import ROW_RANGES
 from tn.spec import ROWS
 
 _MOST = max(planned for _, planned in ROW_RANGES)
-# What a contraction takes beside one product and a table does not say, measured on 131 layers (LOG.md, 2026-11-20).
-_CALLS = 5  # small operators' time for each step that is no plain product: views, orders, a call
-_CROWDED = 1.3  # times as long as its prediction, where one large product keeps to its own
+# Small operators' time that a contraction takes for each step that is no plain product, beside what a table says: views, orders, a call
+_CALLS = 5  # (measured on 131 layers, LOG.md, 2026-11-20)
 
 
 class _Merged:
@@ -86,7 +85,7 @@ class _Merged:
         table, calls = runs.machine, sum(step.pairing.kind != "mm" for step in runs.steps)
         here = runs.at({ROWS: rows})
         dense = table.product(rows, self.d_out, self.d_in, "NT") + table.traffic(self.d_in * self.d_out * x.element_size())
-        return dense < _CROWDED * here.forward_seconds + (_CALLS * calls + 1) * table.element  # one more: the bias
+        return dense < here.forward_seconds + (_CALLS * calls + 1) * table.element  # one more: the bias
 
     def _merge(self, dtype: torch.dtype) -> tuple[Tensor, torch.Size]:
         """What the layer makes of the identity, in at least fp32."""

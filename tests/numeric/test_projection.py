@@ -151,7 +151,7 @@ def test_dtype_layer_and_bias():
         (torch.ones(3, 3), dict(gram=torch.ones(2, 2)), r"gram is \(2, 2\), expected the matrix \(3, 3\)"),
         (torch.ones(3, 3), dict(gram=-torch.eye(3)), "expected XᵀX of some inputs X"),
         (torch.ones(3, 3), dict(gram=torch.eye(3) * float("inf")), "not finite"),
-        (torch.ones(4, 4), dict(start={"first": torch.ones(2)}), "start has core 'first' of shape"),
+        (torch.ones(4, 4), dict(start={"first": torch.ones(2), "second": torch.ones(2)}), "start has core 'first' of shape"),
     ],
 )
 def test_refusals(weight, options, message):

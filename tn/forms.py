@@ -158,8 +158,8 @@ def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], 
             ways.append(([_only(choices[place][0], orders[_OWNER[other, place]]) for place in range(3)], True))
         for (parts, copy), sequence in itertools.product(ways, choices[group]):
             for batch, rest in _cuts(sequence, owners):
-                m, n, k = (rest if place == group else part for place, part in enumerate(parts))
-                on_left, on_right, on_out = (batch if other != place else "" for place in range(3))
+                m, n, k = [*parts[:group], rest, *parts[group + 1 :]]
+                on_left, on_right, on_out = batch if other != 0 else "", batch if other != 1 else "", batch if other != 2 else ""
                 copy_left, copy_right = copy and other == 0, copy and other == 1
                 if not ((copy_left or _viewable(left, on_left, m, k)) and (copy_right or _viewable(right, on_right, n, k))):
                     continue
@@ -203,7 +203,7 @@ def _scattered(order: str, batch: str) -> bool:
 def _cuts(group: str, owners: tuple[str, str]) -> Iterator[tuple[str, str]]:
     """(batch, rest): every way to take atoms off the front or the back of a group, neither part empty, where they part in some tensor."""
     for i in range(1, len(group)):
-        if any(group[i - 1 : i + 1] not in order for order in owners):
+        if group[i - 1 : i + 1] not in owners[0] or group[i - 1 : i + 1] not in owners[1]:
             yield group[:i], group[i:]
             yield group[i:], group[:i]
 

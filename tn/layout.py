@@ -110,14 +110,18 @@ def choose(path: Path, job: Job) -> Layout:
 
 
 def _turned(own: Axes, sibling: Axes, out: Axes, output: Axes, sizes: Mapping[str, int]) -> Iterable[Axes]:
-    """Memory orders of an operand in which the step that takes it finds each group together: batch, then kept and summed axes."""
-    ranked = [axis for axis in dict.fromkeys((*sibling, *output, *own)) if axis in own]
-    batch = tuple([axis for axis in ranked if axis in sibling and axis in out])
-    kept = tuple([axis for axis in ranked if axis not in sibling])
-    summed = tuple([axis for axis in ranked if axis not in out])
-    if all(is_run(own, group, sizes) for group in (batch, kept, summed)) and not (batch and own[-1] in batch):
-        return ()
-    return dict.fromkeys(((*batch, *kept, *summed), (*batch, *summed, *kept)))
+    """Memory orders of an operand in which the step that takes it finds each group together: batch, then kept and summed axes, each in the
+    sequence that the other tensors have, or its own."""
+    found: list[Axes] = []
+    for hints in ((*sibling, *output, *own), own):
+        ranked = [axis for axis in dict.fromkeys(hints) if axis in own]
+        batch = tuple([axis for axis in ranked if axis in sibling and axis in out])
+        kept = tuple([axis for axis in ranked if axis not in sibling])
+        summed = tuple([axis for axis in ranked if axis not in out])
+        if all(is_run(own, group, sizes) for group in (batch, kept, summed)) and not (batch and own[-1] in batch):
+            break  # as it is
+        found += [(*batch, *kept, *summed), (*batch, *summed, *kept)]
+    return dict.fromkeys(found)
 
 
 def price(path: Path, orders: Sequence[Axes], job: Job) -> float:

@@ -77,5 +77,5 @@ def test_copies_count_the_large_ones_inside_other_operators():
 
 def test_graphs_and_overhead_give_rows():
     rows = [*counts.graph_rows(1), *counts.overhead_rows(2)]
-    assert [row.settings["graphs"] for row in rows[:2]] == [2, 2] and len(rows) == 8
+    assert [row.settings["graphs"] for row in rows[:2]] == [3, 3] and len(rows) == 8
     assert all(row.ratio and row.ratio < 1.5 for row in rows[2:])

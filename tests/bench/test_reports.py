@@ -34,10 +34,8 @@ def test_planned_and_as_written_agree_where_factors_pay():
 def test_small_layers_may_be_merged_for_time():
     written, planned, dense = flops.cost(CASE, search="left_to_right"), flops.cost(CASE), flops.cost(CASE.dense())
     assert written.forward < dense.forward
-    assert planned.forward in (
-        written.forward,
-        dense.forward,
-    )  # the planner minimises time, and a small dense product can be the faster one
+    # the planner minimises time, and for some of the small layers a dense product can be the faster one
+    assert written.forward <= planned.forward <= dense.forward
 
 
 def test_planned_is_what_the_model_runs():

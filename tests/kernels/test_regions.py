@@ -175,17 +175,18 @@ def test_a_bias_that_no_operator_adds_is_added_by_torch(monkeypatch):
 def test_the_bias_of_a_kernel_that_fails_later(monkeypatch):
     """The bias is there when torch takes over."""
     layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=3, device=DEVICE)
-    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4)] for a in regions.answers(p) if a.answer.operator == "chain"))
+    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4, grad=())] for a in regions.answers(p) if a.answer.operator == "chain"))
     with torch.no_grad():
         layer.bias.normal_()
     x = torch.randn(3, 20, device=DEVICE)
     tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
     try:
-        want = layer(x)
-        _breaking(monkeypatch)
-        with pytest.warns(UserWarning, match="from here on: out of resource"):
+        with torch.no_grad():
+            want = layer(x)
+            _breaking(monkeypatch)
+            with pytest.warns(UserWarning, match="from here on: out of resource"):
+                torch.testing.assert_close(layer(x), want)
             torch.testing.assert_close(layer(x), want)
-        torch.testing.assert_close(layer(x), want)
     finally:
         tn.use_table(None, DEVICE)
 
@@ -212,7 +213,7 @@ def test_what_a_backend_cannot_honour_is_an_error_with_every_reason():
             program(tn.plan(tn.network(spec, sizes), device=DEVICE), "triton")
     mixed = tn.StructuredLinear(12, 12, structure="btt", backend="triton", device=DEVICE)
     mixed.first.data = mixed.first.data.half()
-    with pytest.raises(OperatorError, match=r"takes tensors of torch\.float32 on \w+, got x torch\.float32, first torch\.float16"):
+    with pytest.raises(OperatorError, match=r"input is torch\.float32, the layer torch\.float16: convert the input"):
         mixed(torch.randn(5, 12, device=DEVICE))
     with pytest.raises(OperatorError, match="unknown backend 'tritn': did you mean 'triton'"):
         tn.StructuredLinear(12, 12, backend="tritn")
@@ -384,13 +385,14 @@ def test_common_layers_ask_for_the_kernels():
 
 def test_layers_plan_with_the_table_in_use(monkeypatch):
     layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=2, device=DEVICE)
-    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4)] for a in regions.answers(p) if a.answer.operator == "chain"))
+    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4, grad=())] for a in regions.answers(p) if a.answer.operator == "chain"))
     tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
     try:
-        layer(torch.randn(3, 20, device=DEVICE))
-        assert "chain: chosen (2.00× measured)" in str(layer.plan(8))
+        with torch.no_grad():
+            layer(torch.randn(3, 20, device=DEVICE))
+        assert "chain: chosen (2.00× measured)" in str(layer.plan(4, grad=()))
     finally:
         tn.use_table(None, DEVICE)
-    assert "made up" not in str(layer.plan(8))
+    assert "made up" not in str(layer.plan(4, grad=()))
     (run,) = layer._programs.values()
     assert [offer.operator for _, offer in run.choices] == ["chain"]

@@ -210,16 +210,16 @@ def test_explain_shows_every_range_of_rows_in_both_modes():
     model = torch.nn.Sequential(tn.StructuredLinear(64, 64, structure="btt"), torch.nn.GELU(), tn.StructuredLinear(64, 64, structure="btt"))
     text = tn.explain(model)
     assert text.startswith("0, 2\nStructuredLinear(64, 64")
-    assert text.count("plan of x: ") == 6 and "training, fewer than 32 rows:" in text and "evaluation, any other number of rows:" in text
+    assert text.count("plan of x: ") == 8 and "training, fewer than 16 rows:" in text and "evaluation, any other number of rows:" in text
     assert tn.explain(torch.nn.ReLU()) == "no contractions"
 
 
 def test_one_layer_runs_another_plan_for_few_rows():
     layer = tn.StructuredLinear(64, 64, structure="btt", rank=2)
     with torch.no_grad():
-        for rows in (1, 31, 32, 511, 512, 3000):
+        for rows in (1, 15, 16, 95, 96, 511, 512, 3000):
             layer(torch.randn(rows, 64))
-    assert sorted(key[-1] for key in layer._programs) == [0, 1, 2]
+    assert sorted(segment for *_, segment, _cast in layer._programs) == [0, 1, 2, 3]
 
 
 def _like_einsum(network, equation, *operands):

@@ -141,7 +141,7 @@ def test_a_layer_finds_the_cell_of_a_call(spec, shapes, cell):
     found = cells(layer.network)
     assert found.find(operands) == cell
     layer(*operands[:-1])
-    ((*_, segment),) = layer._programs
+    ((*_, segment, _cast),) = layer._programs
     assert segment == cell
     assert tn.explain(layer).count("plan of") == 2 * len(found)
 

@@ -158,7 +158,9 @@ def _partial(left: str, right: str, out: str, choices: Sequence[Sequence[str]], 
             ways.append(([_only(choices[place][0], orders[_OWNER[other, place]]) for place in range(3)], True))
         for (parts, copy), sequence in itertools.product(ways, choices[group]):
             for batch, rest in _cuts(sequence, owners):
-                m, n, k = [*parts[:group], rest, *parts[group + 1 :]]
+                three = [*parts]
+                three[group] = rest
+                m, n, k = three
                 on_left, on_right, on_out = batch if other != 0 else "", batch if other != 1 else "", batch if other != 2 else ""
                 copy_left, copy_right = copy and other == 0, copy and other == 1
                 if not ((copy_left or _viewable(left, on_left, m, k)) and (copy_right or _viewable(right, on_right, n, k))):

@@ -35,9 +35,9 @@ def frugal(base: Plan, limit: int | None) -> Plan:
         return base
     plans = [base] if base.tile is None else [base, dataclasses.replace(base, tile=None)]
     plans += _of_outputs(base) if len(base.results) > 1 else _of_trees(base)
-    straight = [plan for plan in plans if not plan.turned]
+    straight = [plan for plan in plans if not plan.rearranged]
     straight += [dataclasses.replace(plan, tile=tile) for plan in straight if plan.tile is None for tile in tiles_of(plan)]
-    plans = [*straight, *(plan for plan in plans if plan.turned)]
+    plans = [*straight, *(plan for plan in plans if plan.rearranged)]
     able = plans if limit is None else slices.within(limit, plans, score)
     chosen = min(able, key=score)
     others = sorted({(plan.seconds, plan.path, plan.tile or 0) for plan in able if plan is not chosen})[:_SHOWN]
@@ -51,10 +51,10 @@ def _of_trees(base: Plan) -> list[Plan]:
     size = {axis: extent or 2 for axis, extent in base.sizes}  # as in tn.planner
     job = Job.of(base.leaves, base.network.output.axes, size, base.needs[: len(base.leaves)], base.machine)
     found = []
-    straight = [base.path] if base.turned else []  # the same order without copies of operands
+    straight = [base.path] if base.rearranged else []  # the same order without copies of operands
     for path in dict.fromkeys(straight + [path for _, path in ranked[0] + ranked[1]]):
         orders = choose(path, job).orders
-        found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=())))
+        found.append(settled(dataclasses.replace(base, path=path, orders=orders, tile=None, others=(), cotangent=())))
     return found
 
 

@@ -45,7 +45,7 @@ class Work:
         count: number of operands. steps: (left, right, out). gradients: (value whose gradient is known, the other operand, value whose
             gradient is made). results: of the program.
         same: values that are not computed → the one they equal. turned: operands that are copied first. back: those whose
-            gradients are copied at the end.
+            gradients are copied at the end. copied: whether the gradient of the result is, first.
     """
 
     count: int
@@ -55,6 +55,7 @@ class Work:
     same: Mapping[int, int]
     turned: tuple[int, ...] = ()
     back: tuple[int, ...] = ()
+    copied: bool = False
 
     @classmethod
     def of(cls, plan: "Plan", needs: Sequence[bool]) -> "Work":
@@ -62,7 +63,16 @@ class Work:
         steps = tuple((step.left, step.right, step.out) for step in plan.steps)
         gradients = tuple((step.left, step.right, step.out) for step in plan.gradient_steps(needs))
         same = {value: first for value, (first, _) in plan.same.items()}
-        return cls(len(plan.leaves), steps, gradients, tuple(map(plan.first, plan.results)), same, plan.turned, plan.turned_back)
+        return cls(
+            len(plan.leaves),
+            steps,
+            gradients,
+            tuple(map(plan.first, plan.results)),
+            same,
+            plan.turned,
+            plan.turned_back,
+            bool(plan.cotangent),
+        )
 
     @classmethod
     def along(cls, path: Path, needs: Sequence[bool], count: int) -> "Work":
@@ -116,7 +126,7 @@ class Work:
         ends = {self.first(above): place for place, (above, _, _) in enumerate(self.gradients)}
         last = {self.first(other): place for place, (_, other, _) in enumerate(self.gradients)}
         for place, (above, other, target) in enumerate(self.gradients):
-            over = [value for value, end in ends.items() if end == place and value not in self.results]
+            over = [value for value, end in ends.items() if end == place and (self.copied or value not in self.results)]
             yield above, other, target, over, [value for value in spent if last.get(value) == place]
 
 
@@ -177,6 +187,8 @@ def whole(
         heap.run(spikes[0](left, right, out, True))
         heap.add(out, sizes[out])
         heap.drop(*dead)
+    if work.copied and work.gradients:
+        heap.add(("gradient", work.results[0]), sizes[work.results[0]])
     ours = {*work.equal} if work.gradients else set()
     for value in ours:
         heap.add(("gradient", value), sizes[value])

@@ -21,7 +21,7 @@ from tn.pairing import Pairing, is_run, pair, turning
 from tn.sharing import alike
 from tn.spec import ROWS, Term
 
-FORMAT = 3  # of the JSON
+FORMAT = 4  # of the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Plan:
         others: the best of the plans that were not chosen: predicted seconds, path, tile.
         slices: (axis, size of a slice) of the axes that are worked on slice by slice to save memory; see tn.slices.
         itemsize: bytes of an element.
+        cotangent: memory order that the gradient of the result is copied into, once for both gradient steps that read it; empty where they
+            read it as it comes.
         dtype, device: what it will run in, for which operators are asked (see tn.regions); not in its JSON, and plans are equal without it.
     """
 
@@ -66,6 +68,7 @@ class Plan:
     others: tuple[tuple[float, Path, int | None], ...] = ()
     slices: tuple[tuple[str, int], ...] = ()
     itemsize: int = 4
+    cotangent: Axes = ()
     dtype: torch.dtype = field(default=torch.float32, compare=False, repr=False)
     device: str = field(default="cpu", compare=False, repr=False)
 
@@ -77,6 +80,9 @@ class Plan:
             raise PlanError(f"tile is {tile} rows, but a result has no rows or is an operand; such a plan takes all rows at once")
         if tile is not None and (turned := [self.terms[leaf].name for leaf in self.turned if ROWS in self.leaves[leaf]]):
             raise PlanError(f"tile is {tile} rows, but {turned[0]!r} is copied for all rows at once")
+
+        if self.cotangent and (tile is not None or self.slices or len(self.results) > 1):
+            raise PlanError("the gradient of the result is copied as a whole: for one output, all rows at once, in no slices")
 
     @functools.cached_property
     def size(self) -> Mapping[str, int]:
@@ -136,9 +142,19 @@ class Plan:
         """Operands that are copied into another memory order before the first step, once for all steps and gradients."""
         return tuple(leaf for leaf, own in enumerate(self.leaves) if self.orders[leaf] != own and leaf not in self.same)
 
+    @property
+    def rearranged(self) -> bool:
+        """Whether operands, or the gradient of the result, are copied into another memory order first."""
+        return bool(self.turned or self.cotangent)
+
     def turning(self, leaf: int) -> float:
         """Predicted seconds of one such copy."""
         return turning(self.leaves[leaf], self.orders[leaf], self.size, self.machine)
+
+    @property
+    def turning_cotangent(self) -> float:
+        """Predicted seconds of copying the gradient of the result."""
+        return turning(self.orders[-1], self.cotangent, self.size, self.machine) if self.cotangent and self.grad else 0.0
 
     def first(self, value: int) -> int:
         """The value that is computed for this one."""
@@ -243,7 +259,8 @@ class Plan:
 
     def pairing(self, left: int, right: int, out: int) -> Pairing:
         """How SSA values, or their gradients, are contracted into another in the orders of this plan."""
-        return pair(self.orders[left], self.orders[right], self.orders[out], self.step_size, self.machine)
+        known = self.cotangent if self.cotangent and left == self.results[0] else self.orders[left]
+        return pair(known, self.orders[right], self.orders[out], self.step_size, self.machine)
 
     @functools.cached_property
     def needs(self) -> tuple[bool, ...]:
@@ -330,7 +347,7 @@ class Plan:
             seconds += sum(self.times(step) * step.pairing.seconds for step in self.steps if step.out in self.kept and self.times(step) > 1)
             seconds += sum(map(self.turning, self.turned))
             seconds += slices.seconds(self, gradients=True)
-        return seconds + self._streaming[1]
+        return seconds + self._streaming[1] + self.turning_cotangent
 
     @property
     def _streaming(self) -> tuple[float, float]:
@@ -343,7 +360,7 @@ class Plan:
     @property
     def copies(self) -> int:
         """Tensors copied, forward and needed gradients."""
-        return len(self.turned) + sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
+        return len(self.turned) + bool(self.cotangent) + sum(step.pairing.copies for step in (*self.steps, *self.backward_steps))
 
     def at(self, sizes: Mapping[str, int]) -> "Plan":
         """The plan as it runs at other sizes of some axes: no more rows than a tile are taken all at once."""
@@ -389,6 +406,7 @@ class Plan:
             "others": self.others,
             "slices": self.slices,
             "itemsize": self.itemsize,
+            "cotangent": self.cotangent,
             "machine": self.machine.name,
             "machine_digest": self.machine.digest,
         }

@@ -281,7 +281,27 @@ def best_of(
     shown = tuple((seconds, path, tile or None) for seconds, path, tile in others)
     floor = trees.least if goal == "time" else 0.0
     chosen = Plan(network, sizes, grad, goal, search, best[2], found[best], best[3] or None, table, floor, shown)
-    return chosen if len(network.names) == len(leaves) else _with_equal_steps(chosen, trees, job)
+    return _with_cotangent(chosen) if len(network.names) == len(leaves) else _with_equal_steps(chosen, trees, job)
+
+
+def _with_cotangent(plan: Plan) -> Plan:
+    """The plan, or a faster one that copies the gradient of its result once, for both gradient steps that read it."""
+    steps = [step for step in plan.backward_steps if step.left == plan.results[0]]
+    if plan.tile is not None or not plan.plain_leaves or len(steps) < 2 or not any(step.pairing.copies for step in steps):
+        return plan
+    left, right, out = (plan.orders[value] for value in (*plan.path[-1], plan.results[0]))
+    plans = [plan]
+    for hints in ((*left, *right), out):
+        batch = tuple(axis for axis in dict.fromkeys(hints) if axis in left and axis in right and axis in out)
+        rows, columns = (
+            tuple(axis for axis in dict.fromkeys(hints) if axis in one and axis in out and axis not in batch) for one in (left, right)
+        )
+        plans += [
+            dataclasses.replace(plan, cotangent=(*batch, *order))
+            for order in ((*rows, *columns), (*columns, *rows))
+            if (*batch, *order) != out
+        ]
+    return min(plans, key=_cost)
 
 
 def _with_equal_steps(plan: Plan, trees: order.Trees, job: Job) -> Plan:

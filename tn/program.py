@@ -452,7 +452,8 @@ def _backward_source(plan: Plan, needs: Sequence[bool], keep: bool = True) -> st
         writer.delete([values[value].name for value in dead])
     gradients = Gradients(writer)
     for name, value, term in zip(given, plan.results, network.spec.outputs, strict=True):
-        gradients.give(value, Value(name, term.axes, None if ROWS in term.axes else term.dims))
+        known = Value(name, term.axes, None if ROWS in term.axes else term.dims)
+        gradients.give(value, writer.turn(known, plan.cotangent, "g0") if plan.cotangent else known)
     for step, (*_, over, dead) in zip(plan.gradient_steps(need), work.backward(again), strict=True):
         gradients.add(step, writer.value(values, step.right))
         writer.delete([*(gradients.values[value].name for value in over), *(values[value].name for value in dead)])

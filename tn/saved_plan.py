@@ -20,6 +20,7 @@ _KEYS = {
     "path": list,
     "orders": list,
     "tile": (int, type(None)),
+    "cotangent": list,
     "floor": float,
     "others": list,
     "slices": list,
@@ -43,8 +44,11 @@ def read(text: str, table: Machine | None) -> Plan:
         path = tuple((left, right) for left, right in value["path"])
         orders = tuple(map(tuple, value["orders"]))
         others = tuple((seconds, tuple((left, right) for left, right in path), tile) for seconds, path, tile in value["others"])
+        cotangent = tuple(value["cotangent"])
         grad, goal, search, floor = tuple(value["grad"]), value["goal"], value["search"], value["floor"]
-        made = Plan(network, sizes, grad, goal, search, path, orders, value["tile"], table, floor, others, sliced, value["itemsize"])
+        made = Plan(
+            network, sizes, grad, goal, search, path, orders, value["tile"], table, floor, others, sliced, value["itemsize"], cotangent
+        )
         _check(made)
     except (TypeError, ValueError, IndexError) as error:
         raise PlanError(f"plan JSON does not describe a plan: {error}") from None
@@ -90,3 +94,5 @@ def _check(plan: Plan) -> None:
     for number, (given, axes) in enumerate(zip(plan.orders, expected, strict=True)):
         if sorted(map(str, given)) != sorted(axes):
             raise PlanError(f"value {number} has the memory order {given}, its axes are {axes}")
+    if plan.cotangent and sorted(map(str, plan.cotangent)) != sorted(expected[-1]):
+        raise PlanError(f"cotangent is {plan.cotangent}, the result has the axes {expected[-1]}")

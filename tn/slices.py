@@ -87,7 +87,7 @@ def within(limit: int, plans: Sequence["Plan"], score: Callable[["Plan"], tuple[
     fitting = [plan for plan in plans if plan.peak_bytes <= limit]
     if fitting and fitting[0].goal in ("peak", "saved"):
         return fitting
-    whole = sorted((plan for plan in plans if plan.tile is None and not plan.turned), key=score)
+    whole = sorted((plan for plan in plans if plan.tile is None and not plan.rearranged), key=score)
     over = [plan for plan in whole if plan.peak_bytes > limit]
     least = {plan: _with(plan, dict.fromkeys(plan.size, 1)).peak_bytes for plan in over}
     able = [plan for plan in over if least[plan] <= limit]

@@ -2,7 +2,7 @@
 
 from tn import order, regions
 from tn.cost import volume
-from tn.order import Path
+from tn.order import Axes, Path
 from tn.plan import Plan, Step
 
 
@@ -17,12 +17,13 @@ def table(plan: Plan) -> str:
     ]
     lines.append(f"  {'step':<28}{'operator':<18}{'MFLOP':>10}{'MB':>9}{'copies':>8}{'µs':>10}  memory order of the result")
     for leaf in plan.turned:
-        size = 2e-6 * plan.itemsize * volume(plan.orders[leaf], plan.size)
-        times = f"{'':>10}{size:>9.2f}{1:>8}{plan.turning(leaf) * 1e6:>10.0f}"
-        lines.append(f"  {f'copy of {names[leaf]}':<28}{'copy':<18}{times}  {' '.join(plan.orders[leaf])}")
+        lines.append(_copy(plan, names[leaf], plan.orders[leaf], plan.turning(leaf)))
     for step in plan.steps:
         title = f"{names[step.out]} = {names[step.left]} · {names[step.right]}"
         lines.append(_row(plan, title, step))
+    if plan.turning_cotangent:
+        result = plan.results[0]
+        lines.append(_copy(plan, f"d{names[result]}", plan.cotangent, plan.turning_cotangent))
     for step in plan.backward_steps:
         title = f"d{names[step.out]} = d{names[step.left]} · {names[step.right]}"
         lines.append(_row(plan, title, step))
@@ -56,6 +57,11 @@ def _words(plan: Plan, path: Path, names: list[str]) -> str:
     for left, right in path:
         values.append(f"({values[left]} · {values[right]})")
     return ", ".join(values[value][1:-1] if value >= len(plan.leaves) else values[value] for value in plan.results)
+
+
+def _copy(plan: Plan, name: str, order: Axes, seconds: float) -> str:
+    size = 2e-6 * plan.itemsize * volume(order, plan.size)
+    return f"  {f'copy of {name}':<28}{'copy':<18}{'':>10}{size:>9.2f}{1:>8}{seconds * 1e6:>10.0f}  {' '.join(order)}"
 
 
 def _row(plan: Plan, title: str, step: Step) -> str:

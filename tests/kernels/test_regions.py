@@ -175,7 +175,8 @@ def test_a_bias_that_no_operator_adds_is_added_by_torch(monkeypatch):
 def test_the_bias_of_a_kernel_that_fails_later(monkeypatch):
     """The bias is there when torch takes over."""
     layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=3, device=DEVICE)
-    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4, grad=())] for a in regions.answers(p) if a.answer.operator == "chain"))
+    plan = layer.plan(4, grad=())
+    case = next(regions.case(plan, a.part, a.answer) for a in regions.answers(plan) if a.answer.operator == "chain")
     with torch.no_grad():
         layer.bias.normal_()
     x = torch.randn(3, 20, device=DEVICE)
@@ -385,7 +386,8 @@ def test_common_layers_ask_for_the_kernels():
 
 def test_layers_plan_with_the_table_in_use(monkeypatch):
     layer = tn.StructuredLinear(20, 18, structure="btt", factors=((4, 5), (3, 6)), rank=2, device=DEVICE)
-    case = regions.case(*next((p, a.part, a.answer) for p in [layer.plan(4, grad=())] for a in regions.answers(p) if a.answer.operator == "chain"))
+    plan = layer.plan(4, grad=())
+    case = next(regions.case(plan, a.part, a.answer) for a in regions.answers(plan) if a.answer.operator == "chain")
     tn.use_table(table(**{case: (1e-6, 2e-6)}), DEVICE)
     try:
         with torch.no_grad():

@@ -95,7 +95,7 @@ def _check(q: Tensor, qr: Tensor, latent: Tensor, rope: Tensor, lengths: Tensor)
     fits = q.dim() == qr.dim() == 4 and latent.dim() == rope.dim() == 3 and q.shape[:3] == qr.shape[:3]
     if not fits or latent.shape[:2] != rope.shape[:2] or q.shape[::3] != latent.shape[::2] or qr.shape[3] != rope.shape[2]:
         raise OperatorError(f"{given}: expected (b s h c), (b s h r), (b t c), (b t r)")
-    if lengths.shape != q.shape[:1] or lengths.is_floating_point():
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
         wanted = f"expected {q.shape[0]} integers, the filled tokens of each sequence"
         raise OperatorError(f"lengths {lengths.dtype} {tuple(lengths.shape)}: {wanted}")
     if len({tensor.dtype for tensor in (q, qr, latent, rope)}) > 1:

@@ -14,8 +14,9 @@ from tn.order import Axes, Path, Task, Weights, roles, steps_of
 from tn.pairing import Prices, ideal, is_run, turning
 from tn.spec import ROWS
 
-_ORDERS = 8  # orders of an intermediate that are tried
-_ORDERS_INNER = 6  # the same when both of its operands are intermediates: the search is cubic in it
+_ORDERS = (8, 6)  # orders of an intermediate that are tried, in networks of up to six operands and of more
+_ORDERS_INNER = (6, 4)  # the same when both of its operands are intermediates: the search is cubic in it
+_FEW = 6  # operands
 
 _NO_FLOORS = (0.0, 0.0, 0.0)
 
@@ -186,7 +187,7 @@ def _orders(value: int, steps: list, parent: Mapping[int, int], axes: list[Axes]
     def group(axis: str) -> tuple[bool, bool, bool, bool]:
         return (axis in axes[left], axis in axes[right], axis in axes[sibling], axis in up_out)
 
-    limit = _ORDERS if left < count or right < count else _ORDERS_INNER
+    limit = (_ORDERS if left < count or right < count else _ORDERS_INNER)[count > _FEW]
     found: dict[Axes, None] = {}
     tried: list[dict[tuple, Axes]] = []
     for hints in ((*above, *below, *out), (*below, *above, *out)):
@@ -209,7 +210,7 @@ def _least_broken(keys: tuple[tuple[bool, bool, bool, bool], ...]) -> list[tuple
     def broken(order: tuple[int, ...]) -> int:
         return sum(_changes([keys[place][side : side + 2] for place in order]) for side in (0, 2))
 
-    return sorted(itertools.islice(itertools.permutations(range(len(keys))), 5040), key=broken)[:_ORDERS]
+    return sorted(itertools.islice(itertools.permutations(range(len(keys))), 5040), key=broken)[: _ORDERS[0]]
 
 
 def _changes(labels: Sequence[tuple]) -> int:

@@ -15,7 +15,7 @@ from tn.errors import OperatorError, SizeError, StructureError, unknown
 from tn.experts import Choice, Experts
 from tn.network import Network, network
 from tn.planner import plan
-from tn.program import added, program
+from tn.program import added, autocast, program
 from tn.structures.budget import fit
 from tn.structures.registry import Built, Factors, Options, Rank, axes_of
 
@@ -228,9 +228,10 @@ class StructuredLinear(Contraction):
     def _routed(self, x: Tensor) -> Tensor:
         """The contraction by the experts that the gate chooses for each row."""
         assert self.experts is not None
-        self._check_alike([x, self.gate])
-        cores = {name: getattr(self, name) for name in self.network.cores}
-        result, choice = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], self.gate, cores)
+        x, gate, *others = autocast([x, self.gate, *(getattr(self, name) for name in self.network.cores)])
+        self._check_alike([x, gate])
+        cores = dict(zip(self.network.cores, others, strict=True))
+        result, choice = self.experts(x.flatten(0, -2) if x.dim() != 1 else x[None], gate, cores)
         if not torch.compiler.is_compiling():
             self._choice = choice
         result = result.reshape(*x.shape[:-1], result.shape[-1])

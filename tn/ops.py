@@ -366,8 +366,9 @@ def mla_decode(
     (batch, queries, heads, c), (tokens, r) = q.shape, rope.shape[1:]
     if lengths is None:
         lengths = torch.full((batch,), tokens, device=q.device, dtype=torch.int32)
-    if lengths.shape != (batch,) or lengths.is_floating_point():
+    if lengths.shape != (batch,) or lengths.dtype is torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise SizeError(f"lengths {lengths.dtype} {tuple(lengths.shape)}: expected {batch} integers, the filled tokens of each cache")
+    lengths = lengths.int()  # unsigned ones would wrap around below
     if wanted:
         size = {"batch": batch, "query": queries, "head": heads, "c": c, "r": r, "token": tokens}
         names = ("batch query head c", "batch query head r", "batch token c", "batch token r", "batch")

@@ -140,7 +140,11 @@ class Plan:
     @functools.cached_property
     def turned(self) -> tuple[int, ...]:
         """Operands that are copied into another memory order before the first step, once for all steps and gradients."""
-        return tuple(leaf for leaf, own in enumerate(self.leaves) if self.orders[leaf] != own and leaf not in self.same)
+        return tuple(leaf for leaf, own in enumerate(self.leaves) if not self._alike(self.orders[leaf], own) and leaf not in self.same)
+
+    def _alike(self, first: Axes, second: Axes) -> bool:
+        """Whether two orders of the same axes are one in memory: they differ in axes of size one at most."""
+        return first == second or [axis for axis in first if self.size[axis] != 1] == [axis for axis in second if self.size[axis] != 1]
 
     @property
     def rearranged(self) -> bool:
@@ -238,8 +242,8 @@ class Plan:
     def viewed(self, step: Step) -> bool:
         """Whether a gradient step makes the gradient of an operand, the only one it gets, in an order of which that is a view. It is not
         copied then, as autograd copies none: where it is added up, it goes into the operand's own order."""
-        if step.out >= len(self.leaves) or len(self.network.names) != len(self.terms):
-            return False
+        if step.out >= len(self.leaves) or len(self.network.names) != len(self.terms) or step.pairing.kind == "multiply":
+            return False  # an elementwise product lies as its operands do, unless it is written in place
         return self._as_stored(step.out, step.pairing.natural(self.orders[step.out]))
 
     @functools.cached_property
@@ -251,7 +255,8 @@ class Plan:
 
     def _as_stored(self, leaf: int, order: Axes) -> bool:
         """Whether a tensor in this memory order is a view of an operand's stored dimensions."""
-        return all(is_run(order, dim, self.size) for dim in self.terms[leaf].dims)
+        term = self.terms[leaf]
+        return term.axes == self.leaves[leaf] and all(is_run(order, dim, self.size) for dim in term.dims)
 
     def squares(self, left: int, right: int) -> bool:
         """Whether two values are one, axis by axis."""

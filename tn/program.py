@@ -167,7 +167,10 @@ def again(
     """Gradients that can be differentiated themselves (create_graph): those of the plain form, which autograd sees through."""
     aliases = [operand.view_as(operand) if need else operand for operand, need in zip(operands, needs, strict=True)]
     wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(plain(*aliases), wanted, gradients, create_graph=True))
+    made = plain(*aliases)
+    pairs = zip(made if isinstance(made, tuple) else (made,), gradients, strict=True)
+    results, given = zip(*((result, gradient) for result, gradient in pairs if result.requires_grad), strict=True)
+    found = iter(torch.autograd.grad(results, wanted, given, create_graph=True, allow_unused=True))
     return (next(found) if need else None for need in needs)
 
 

@@ -219,3 +219,13 @@ def test_the_mixture_in_the_middle():
     alone = tn.StructuredLinear.from_cores("btt", {"first": lin.first.detach(), "second": lin.second.detach()})
     assert fading.step() == pytest.approx(0.5)
     assert torch.allclose(lin(x), 0.5 * x @ lin.shadow.mT + 0.5 * alone(x) + lin.bias)
+
+
+def test_under_autocast():
+    lin = tn.StructuredLinear(64, 96, structure="btt_moe")
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lin(x)
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype is torch.float32 for parameter in lin.parameters())

@@ -177,3 +177,12 @@ def test_a_failing_trace_stops_recording():
     with pytest.raises(tn.SizeError):
         tn.trace(tn.StructuredLinear(3, 3), torch.zeros(2, 4))
     assert not tn.tracing.recording()
+
+
+def test_unsigned_lengths_of_latent_decoding_do_not_wrap_around():
+    torch.manual_seed(0)
+    q, qr, latent, rope = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 4), torch.randn(1, 6, 8), torch.randn(1, 6, 4)
+    signed = tn.ops.mla_decode(q, qr, latent, rope, torch.tensor([1]), scale=0.3)
+    assert torch.equal(tn.ops.mla_decode(q, qr, latent, rope, torch.tensor([1], dtype=torch.uint8), scale=0.3), signed)
+    with pytest.raises(tn.SizeError, match="lengths torch.bool"):
+        tn.ops.mla_decode(q, qr, latent, rope, torch.tensor([True]), scale=0.3)

@@ -98,3 +98,37 @@ def test_the_gradient_of_a_result_is_copied_once():
     plan = tn.plan(net, grad=net.names, rows=60)
     assert plan.cotangent and not tn.plan(net, grad=("w",), rows=60).cotangent  # for one gradient step it would be no gain
     assert plan.seconds < dataclasses.replace(plan, cotangent=()).seconds
+
+
+def test_an_operand_whose_axes_are_summed_first_prints_and_measures():
+    net = tn.network("x: ... d, w: d (a e) -> ... e", dict(d=8, e=8, a=2))
+    plan = tn.plan(net, grad=net.names)
+    assert "predicted" in str(plan) and plan.saved_bytes == 0  # one product of operands alone
+
+
+def test_elementwise_gradients_are_written_in_place():
+    """Else torch lays them out as the operands lie, and a grouped dimension is a copy that nobody counted."""
+    net = tn.network("t0: (b c), t1: c -> (c b)", dict(b=120, c=30))
+    plan = tn.plan(net, grad=net.names, dtype=torch.float64, goal="peak")
+    operands = [torch.randn(3600, dtype=torch.float64).requires_grad_(), torch.randn(30, dtype=torch.float64).requires_grad_()]
+    assert measured(tn.compile(plan), operands) == (plan.saved_bytes, plan.peak_bytes)
+
+
+def test_axes_of_size_one_are_never_copied_for():
+    net = tn.network("t0: c, t1: e, t2: (b a c), t3: (c a), t4: (e a f) d -> c (d b) f", dict(a=8, b=1, c=5, d=8, e=24, f=4))
+    plan = tn.plan(net, grad=net.names, dtype=torch.float64)
+    operands = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in (5, 24, 40, 40, (768, 8))]
+    assert measured(tn.compile(plan), operands) == (plan.saved_bytes, plan.peak_bytes)
+
+
+def test_an_output_without_gradient_beside_one_with():
+    layer = tn.Contraction(
+        "x: ... (i j), a: i j r k, c: k i r l, b: i j s, d: s p -> y: ... (k l), z: i j p",
+        sizes=dict(i=8, j=8, r=4, k=8, l=8, s=3, p=5),
+        cores=("a", "c", "b", "d"),
+    )
+    layer.b.requires_grad_(False)
+    layer.d.requires_grad_(False)
+    y, _ = layer(torch.randn(40, 64))
+    (first,) = torch.autograd.grad(y.square().sum(), layer.a, create_graph=True)
+    assert torch.autograd.grad(first.sum(), layer.a)[0].shape == layer.a.shape

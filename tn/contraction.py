@@ -203,7 +203,10 @@ class Contraction(nn.Module):
             nn.init.zeros_(self.bias)
 
     def plan(self, rows: int | None = None, grad: Iterable[str] | None = None, sizes: Mapping[str, int] | None = None) -> Plan:
-        """The plan for a number of rows or sizes of dynamic axes, 1024 by default, with gradients of everything unless named otherwise."""
+        """The plan for a number of rows or sizes of dynamic axes, 1024 by default, with gradients of everything unless named otherwise.
+
+        The layer itself runs the plan of the range that a call falls into; `tn.explain` shows those.
+        """
         wanted = self.network.names if grad is None else tuple(grad)
         cores = [getattr(self, name) for name in self.network.cores]
         device = cores[0].device if cores else "cpu"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tn.cost import volume
 from tn.order import Axes, Path
-from tn.pairing import Pairing
+from tn.pairing import Pairing, same_memory
 from tn.spec import ROWS
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _tiled(plan: "Plan") -> Memory:
     for above, other, target in (turn for turn in work.gradients if rowwise[turn[0]]):
         order, value = plan.orders[target], work.first(target)
         if not rowwise[target]:
-            moves = not _alike(plan.pairing(above, other, target).natural(order), order, plan.size)
+            moves = not same_memory(plan.pairing(above, other, target).natural(order), order, plan.size)
             second.add(("gradient", target), sizes[target] * (gradients.counted(value) or moves))
             spikes.append(loop(_onto, above, other, target))
             moved.append((target, moves))
@@ -397,8 +397,3 @@ def _parts(plan: "Plan") -> list[int]:
     """Operands that are one tensor of several: their gradients are added up."""
     names = [term.name if value not in plan.same else "" for value, term in enumerate(plan.terms)]
     return [value for value, name in enumerate(names) if name and plan.needs[value] and names.count(name) > 1]
-
-
-def _alike(first: Axes, second: Axes, sizes: Mapping[str, int]) -> bool:
-    """Whether two orders are the same in memory."""
-    return [axis for axis in first if sizes[axis] != 1] == [axis for axis in second if sizes[axis] != 1]

@@ -7,7 +7,7 @@ A value is a contiguous buffer with an axis order. A contraction C = A·B splits
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,11 @@ def is_run(order: Axes, group: Axes, sizes: Mapping[str, int]) -> bool:
     return kept[start : start + len(wide)] == wide
 
 
+def same_memory(first: Axes, second: Axes, sizes: Mapping[str, int]) -> bool:
+    """Whether two orders of the same axes are one in memory: they differ in axes of size one at most."""
+    return first == second or [axis for axis in first if sizes[axis] != 1] == [axis for axis in second if sizes[axis] != 1]
+
+
 def pair(left: Axes, right: Axes, out: Axes, sizes: Mapping[str, int], machine: Machine, tape: bool = False) -> Pairing:
     """The cheapest way to contract two buffers into a third of the given orders.
 
@@ -112,8 +117,8 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
             return Pairing(kind, h, m, n, (), "all", False, "native", False, False, flops, sum(volumes), 0, seconds)
         k = tuple(axis for axis in left if axis in of[3])
         large, other = (left, right) if volumes[0] >= volumes[1] else (right, left)
-        whole = (*[axis for axis in other if axis not in large], *large)
-        native = [axis for axis in whole if axis in out and sizes[axis] != 1] == [axis for axis in out if sizes[axis] != 1]
+        whole = tuple(_spread(large, other))
+        native = same_memory(tuple(axis for axis in whole if axis in out), out, sizes)
         return Pairing(kind, h, m, n, k, "all", False, "native" if native else "copy", False, False, flops, sum(volumes), 0, seconds, whole)
     ones = [tuple(axis for axis in sizes if sizes[axis] == 1 and axis in group) for group in of]
     parts = (form.batch, form.left, form.right, form.contracted)
@@ -121,6 +126,11 @@ def _pair(left: Axes, right: Axes, out: Axes, extents: tuple[int, ...], machine:
     copied = sum(size for size, copy in zip(volumes, (form.copy_left, form.copy_right, form.out == "copy"), strict=True) if copy)
     moved = sum(volumes) + 2 * copied
     return Pairing(kind, h, m, n, k, form.batch_on, form.swap, form.out, form.copy_left, form.copy_right, flops, moved, copied, seconds)
+
+
+def _spread(large: Sequence[str], other: Sequence[str]) -> list[str]:
+    """The axes, or atoms, of an elementwise product: the order of the larger operand, behind what only the other one has."""
+    return [*(axis for axis in other if axis not in large), *large]
 
 
 def turning(source: Axes, target: Axes, sizes: Mapping[str, int], machine: Machine) -> float:
@@ -239,7 +249,7 @@ class Prices:
         ends = [*itertools.takewhile(lambda atom: (atom in out) == (large[-1] in out), reversed(large))]
         if self._product("".join(ends)) < _SHORT:  # of what is summed or kept, little lies together
             seconds += elements * machine.run
-        if [atom for atom in (*[atom for atom in other if atom not in large], *large) if atom in out] != [*out]:
+        if [atom for atom in _spread(large, other) if atom in out] != [*out]:
             seconds += machine.reorder(self.sizes[2])
         return seconds
 

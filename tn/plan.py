@@ -17,7 +17,7 @@ from tn.errors import PlanError
 from tn.machine import Machine
 from tn.network import Network
 from tn.order import Axes, Path
-from tn.pairing import Pairing, is_run, pair, turning
+from tn.pairing import Pairing, is_run, pair, same_memory, turning
 from tn.sharing import alike
 from tn.spec import ROWS, Term
 
@@ -140,11 +140,9 @@ class Plan:
     @functools.cached_property
     def turned(self) -> tuple[int, ...]:
         """Operands that are copied into another memory order before the first step, once for all steps and gradients."""
-        return tuple(leaf for leaf, own in enumerate(self.leaves) if not self._alike(self.orders[leaf], own) and leaf not in self.same)
-
-    def _alike(self, first: Axes, second: Axes) -> bool:
-        """Whether two orders of the same axes are one in memory: they differ in axes of size one at most."""
-        return first == second or [axis for axis in first if self.size[axis] != 1] == [axis for axis in second if self.size[axis] != 1]
+        return tuple(
+            leaf for leaf, own in enumerate(self.leaves) if not same_memory(self.orders[leaf], own, self.size) and leaf not in self.same
+        )
 
     @property
     def rearranged(self) -> bool:

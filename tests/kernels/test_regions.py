@@ -54,6 +54,20 @@ def compare(run, network, shapes):
         torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=2e-4)
 
 
+def compare_layers(layer, plain, x):
+    """Values and every gradient of a layer beside those of its twin in float64; gives the values."""
+    x = x.clone().requires_grad_()
+    wide = x.detach().double().cpu().requires_grad_()
+    got, want = layer(x), plain(wide)
+    torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
+    g = torch.randn_like(got)
+    ours = torch.autograd.grad(got, [x, *layer.parameters()], g)
+    theirs = torch.autograd.grad(want, [wide, *plain.parameters()], g.double().cpu())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=2e-4)
+    return got
+
+
 NETWORKS = {
     "chain": (BTT, [(7, 20), BTT.shape("a"), BTT.shape("c")]),
     "gated": (BILINEAR, [(3, 2, 6), (6, 5), (6, 5)]),
@@ -121,15 +135,7 @@ def test_a_layer_that_insists_gives_the_same_numbers(structure):
     plain = tn.StructuredLinear(24, 18, structure=structure, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())
     for rows in (7, 1, 40) if structure == "btt" else (7,):
-        x = torch.randn(rows, 24, device=DEVICE, requires_grad=True)
-        wide = x.detach().double().cpu().requires_grad_()
-        got, want = layer(x), plain(wide)
-        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
-        g = torch.randn_like(got)
-        ours = torch.autograd.grad(got, [x, *layer.parameters()], g)
-        theirs = torch.autograd.grad(want, [wide, *plain.parameters()], g.double().cpu())
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=2e-4)
+        compare_layers(layer, plain, torch.randn(rows, 24, device=DEVICE))
     runs = list(layer._programs.values())
     assert all(isinstance(run, OperatorProgram) and run.insists for run in runs)
     made = {value for part, _ in runs[0].choices for value in part.values}
@@ -146,15 +152,8 @@ def test_operators_add_the_bias(structure, outputs):
     with torch.no_grad():
         layer.bias.normal_()
     plain.load_state_dict(layer.state_dict())
-    x = torch.randn(7, 24, device=DEVICE, requires_grad=True)
-    wide = x.detach().double().cpu().requires_grad_()
-    got, want = layer(x), plain(wide)
-    torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
-    g = torch.randn_like(got)
-    ours = torch.autograd.grad(got, [x, *layer.parameters()], g)
-    theirs = torch.autograd.grad(want, [wide, *plain.parameters()], g.double().cpu())
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=2e-4)
+    x = torch.randn(7, 24, device=DEVICE)
+    got = compare_layers(layer, plain, x)
     (run,) = layer._programs.values()
     if layer.built.d_out == outputs:
         assert run.biased is not None
